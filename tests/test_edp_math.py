@@ -1,0 +1,214 @@
+"""The EDP scripts' mathematics against closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+CPU = torch.device("cpu")
+
+
+def linear_alpha_bar(K):
+    """abar^1 ... abar^K of the linear schedule, by the definition."""
+    beta = np.linspace(1e-4 * 1000 / K, 0.02 * 1000 / K, K)
+    return np.array([np.prod(1 - beta[: k + 1]) for k in range(K)])
+
+
+def test_mish(script):
+    x = (3 * torch.randn(1_000, dtype=torch.float64)).requires_grad_()
+    assert_close(script.Mish.apply(x), torch.nn.functional.mish(x))
+    assert torch.autograd.gradcheck(script.Mish.apply, x)
+    extreme = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], requires_grad=True)
+    script.Mish.apply(extreme).sum().backward()
+    assert_close(script.Mish.apply(extreme), torch.nn.functional.mish(extreme), atol=2e-6, rtol=1e-6)
+    assert_close(extreme.grad, torch.tensor([0.0, 0.0, 0.6, 1.0, 1.0]))
+
+
+def test_flatten(script):
+    """The vector and the parameters are one memory, gradients too."""
+    net = script.MLP(3, 2)
+    before = [p.detach().clone() for p in net.parameters()]
+    vector = script.flatten(net)
+    assert_close(vector.detach(), torch.cat([p.flatten() for p in before]))
+    net(torch.randn(5, 3)).sum().backward()
+    assert_close(vector.grad, torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert vector.grad.abs().sum() > 0
+    vector.data.zero_()
+    assert all((p == 0).all() for p in net.parameters())
+
+
+def test_forward_noising(script):
+    d, K = script.Diffusion(100, "ddpm", 15, 3, CPU), 100
+    k = torch.tensor([0, 1, 37, 99])
+    a, zero = torch.full((4, 2), 0.7), torch.zeros(4, 2)
+    alpha_bar = torch.as_tensor(linear_alpha_bar(K)[k], dtype=torch.float32)[:, None]
+    assert_close(d.forward_noising(a, k, zero), alpha_bar.sqrt() * a)
+    assert_close(d.forward_noising(zero, k, a), (1 - alpha_bar).sqrt() * a)
+
+
+def test_action_approximation_inverts_the_forward_noising(script):
+    d = script.Diffusion(100, "ddpm", 15, 3, CPU)
+    k = torch.arange(100)
+    a, epsilon = 2 * torch.rand(100, 3) - 1, torch.randn(100, 3)
+    assert_close(d.approximate_action(d.forward_noising(a, k, epsilon), k, epsilon), a, atol=2e-4, rtol=1e-4)
+
+
+def test_action_approximation_is_clipped_without_gradient_outside(script):
+    d = script.Diffusion(100, "ddpm", 15, 3, CPU)
+    epsilon_hat = torch.tensor([[-5.0, 0.1]], requires_grad=True)
+    a_hat = d.approximate_action(torch.tensor([[0.5, 0.5]]), torch.tensor([5]), epsilon_hat)
+    assert a_hat[0, 0] == 1 and -1 < a_hat[0, 1] < 1
+    a_hat.sum().backward()
+    assert epsilon_hat.grad[0, 0] == 0 and epsilon_hat.grad[0, 1] < 0
+
+
+def test_elbo_weight(script):
+    """beta^k / (2 alpha^k (1 - abar^{k-1})), Eq. of the paper's appendix; its first value uses abar^1."""
+    d, alpha_bar = script.Diffusion(100, "ddpm", 15, 3, CPU), linear_alpha_bar(100)
+    alpha = np.append(alpha_bar[0], alpha_bar[1:] / alpha_bar[:-1])
+    expected = (1 - alpha) / (2 * alpha * (1 - np.append(alpha_bar[0], alpha_bar[:-1])))
+    assert_close(d.elbo_weight, torch.as_tensor(expected, dtype=torch.float32))
+    assert torch.isfinite(d.elbo_weight).all()
+
+
+# The data N(m, c^2): the optimal noise prediction and the exact solution of the probability-flow ODE are known.
+MEAN, STD = 0.2, 0.3
+
+
+class GaussianPolicy(torch.nn.Module):
+    """E[epsilon | a^k] for actions N(m, c^2) and a step k, fractional too."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.act_dim, self.K, self.log_alpha = 1, d.K, 0.5 * np.log(linear_alpha_bar(d.K))
+
+    def forward(self, s, a_k, k):
+        log_alpha = np.interp(float(k), np.arange(self.K), self.log_alpha)
+        alpha, sigma2 = math.exp(log_alpha), -math.expm1(2 * log_alpha)
+        return math.sqrt(sigma2) * (a_k - alpha * MEAN) / (alpha**2 * STD**2 + sigma2)
+
+
+@pytest.mark.parametrize("sampler, steps, order", [
+    ("dpm-solver", 60, 3), ("dpm-solver", 200, 2), ("dpm-solver", 400, 1), ("ddim", 500, 3), ("ddpm", 15, 3),
+])  # fmt: skip
+def test_samplers_reproduce_gaussian_data(script, sampler, steps, order):
+    """Mean and standard deviation, with enough steps: the default 15 calls leave this standard deviation at 0.25."""
+    d = script.Diffusion(1000, sampler, steps, order, CPU)
+    with torch.no_grad():
+        a = d.sample(GaussianPolicy(d), torch.zeros(20_000, 1), torch.Generator().manual_seed(0))
+    assert abs(a.mean() - MEAN) < 0.01
+    assert abs(a.std() - STD) < 0.01
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_order_of_convergence(script, order):
+    """Halving the step divides the global error by 2^order."""
+
+    def error(steps):
+        d = script.Diffusion(1000, "dpm-solver", steps, order, CPU)
+        alpha, sigma = np.array(d.alpha), np.array(d.sigma)
+        scale = np.sqrt(alpha**2 * STD**2 + sigma**2)
+
+        def epsilon(x, i):
+            return sigma[i] * (x - alpha[i] * MEAN) / scale[i] ** 2
+
+        # the exact flow keeps (x - alpha m) / scale; start where the schedule is smooth, end before it is steep
+        start, end = steps // 4, steps // 4 + steps // 2
+        x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+        exact = alpha[end] * MEAN + scale[end] / scale[start] * (x - alpha[start] * MEAN)
+        for i in range(start, end, order):
+            x = d.dpm_solver_step(epsilon, x, i, order)
+        return (x - exact).abs().max().item()
+
+    slope = math.log2(error(384) / error(768))
+    assert abs(slope - order) < 0.3
+
+
+@pytest.mark.parametrize("order, steps, expected", [
+    (3, 15, [3, 3, 3, 3, 2, 1]), (3, 16, [3] * 5 + [1]), (3, 17, [3] * 5 + [2]), (2, 5, [2, 2, 1]), (1, 3, [1, 1, 1]),
+])  # fmt: skip
+def test_number_of_network_calls(script, order, steps, expected):
+    d = script.Diffusion(1000, "dpm-solver", steps, order, CPU)
+    assert d.orders == expected and sum(d.orders) == steps
+
+
+def test_solver_ends_at_the_first_discrete_step(script):
+    """K = 100: the official code ends at t = 1e-3, before the first step, and gives NaN."""
+    d = script.Diffusion(100, "dpm-solver", 15, 3, CPU)
+    assert_close(d.t_index[[0, -1]], torch.tensor([99.0, 0.0]))
+    assert np.isfinite(d.lambda_).all()
+
+
+def test_value_loss_is_minimal_at_the_expectile():
+    """Q in {0, 1}, each half of the time: the expectile tau is at v = tau."""
+    import edp_iql
+
+    q = torch.tensor([0.0, 1.0])
+    for tau in (0.5, 0.7, 0.9):
+        v = torch.tensor(tau, requires_grad=True)
+        edp_iql.value_loss(v.expand(2), q, tau).backward()
+        assert_close(v.grad, torch.tensor(0.0))
+
+
+def test_iql_weight():
+    import edp_iql
+
+    q, v = torch.tensor([1.0, 0.0, 9.0]), torch.tensor([0.0, 1.0, 0.0])
+    assert_close(edp_iql.iql_weight(q, v, 3.0, 100.0), torch.tensor([math.exp(3), math.exp(-3), 100.0]))
+    assert_close(edp_iql.iql_weight(q, v, 0.0, 100.0), torch.ones(3))
+
+
+def test_critic_losses():
+    import edp_iql
+
+    r, mask, next_v = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]), torch.tensor([10.0, 10.0])
+    target = torch.tensor([1 + 0.5 * 10, 2.0])
+    losses = edp_iql.critic_losses(target + 1, target - 2, r, mask, next_v, gamma=0.5)
+    assert_close(torch.stack(losses), torch.tensor([1.0, 4.0]))
+
+
+@pytest.mark.parametrize("likelihood", ["mse", "elbo"])
+def test_policy_losses(script, likelihood):
+    """Against the formulas, for a policy that always predicts the same noise."""
+    import edp_iql
+
+    d = edp_iql.Diffusion(100, "ddpm", 15, 3, CPU)
+    s, a, epsilon = torch.zeros(4, 1), torch.rand(4, 2) - 0.5, torch.randn(4, 2) / 10
+    k, f = torch.tensor([3, 20, 40, 60]), torch.tensor([0.0, 1.0, 2.0, 3.0])
+    diffusion_loss, guidance = edp_iql.policy_losses(d, lambda s, a, k: 0 * a, s, a, k, epsilon, f, likelihood)
+    assert_close(diffusion_loss, (epsilon**2).mean())
+    alpha_bar = torch.as_tensor(linear_alpha_bar(100), dtype=torch.float32)[k]
+    if likelihood == "mse":
+        a_hat = (a + (1 / alpha_bar - 1).sqrt()[:, None] * epsilon).clamp(-1, 1)
+        expected = (f * ((a - a_hat) ** 2).sum(1) / 2).mean()
+    else:
+        expected = (f * d.elbo_weight[k] * (epsilon**2).sum(1)).mean()
+    assert_close(guidance, expected)
+
+
+def test_action_selection_frequencies(script):
+    """Candidates are chosen in proportion to exp(min(Q1, Q2))."""
+    offers, energies = torch.tensor([-0.5, 0.0, 0.5]), torch.tensor([0.0, 1.0, 2.0])
+
+    class Offers(script.Diffusion):
+        def sample(self, policy, s, generator=None):
+            return offers.repeat(len(s) // 3)[:, None]
+
+    class Energies(script.Critic):
+        def forward(self, s, a):
+            q = energies[(2 * a[:, 0] + 1).round().long()]
+            return q, q + 1
+
+    args = (Offers(100, "ddpm", 15, 3, CPU), None, Energies(1, 1))
+    chosen = script.select_actions(*args, torch.zeros(30_000, 1), 3, torch.Generator().manual_seed(0))
+    frequencies = torch.stack([(chosen == offer).float().mean() for offer in offers])
+    assert_close(frequencies, energies.softmax(0), atol=0.01, rtol=0)
+
+
+def test_twin_minimum(script):
+    critic, s, a = script.Critic(2, 1), torch.randn(50, 2), torch.randn(50, 1)
+    q1, q2 = critic(s, a)
+    assert_close(critic.min(s, a), torch.where(q1 < q2, q1, q2))
+    assert (q1 < q2).any() and (q1 > q2).any()

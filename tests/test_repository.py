@@ -1,0 +1,100 @@
+"""The repository itself: metadata, arguments, documents."""
+
+import ast
+import re
+import shlex
+import sys
+from importlib.metadata import requires
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+# Pinned, though no script imports them by that name
+INDIRECT = {
+    "mujoco": "Gymnasium's simulator: its version is part of a result",
+    "tensorboard": "torch.utils.tensorboard",
+    "moviepy": "gymnasium.wrappers.RecordVideo",
+}
+
+
+def pins(text):
+    return [line for line in text.splitlines() if line and not line.startswith("#")]
+
+
+def name_of(pin):
+    return re.match(r"[\w-]+", pin)[0]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_inline_metadata_is_requirements_txt(name):
+    source = (ROOT / f"{name}.py").read_text()
+    block = re.search(r"(?m)^# /// script$\n((?:^#.*$\n)+?)^# ///$", source)[1]
+    assert 'requires-python = ">=3.10"' in block
+    dependencies = re.findall(r'"([^"]+)"', block[block.index("dependencies") :])
+    assert dependencies == pins((ROOT / "requirements.txt").read_text())
+    assert all("==" in pin for pin in dependencies)
+
+
+def test_requirements_are_what_is_imported():
+    imported = set()
+    for name in SCRIPTS:
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    third_party = imported - set(sys.stdlib_module_names) - {"minari"}  # optional
+    names = {name_of(pin) for pin in pins((ROOT / "requirements.txt").read_text())}
+    assert third_party == names - set(INDIRECT)
+    assert any(name_of(need) == "mujoco" for need in requires("gymnasium"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_argument_is_read(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    args = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    fields = {node.target.id for node in args.body if isinstance(node, ast.AnnAssign)}
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args", "given")
+    }
+    assert fields == read & fields, fields - read
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_argument_has_help(name, capsys):
+    with pytest.raises(SystemExit):
+        __import__(name).parse_args(["--help"])
+    text = capsys.readouterr().out
+    fields = __import__(name).dataclasses.fields(__import__(name).Args)
+    for field in fields:
+        entry = text.split(f"--{field.name.replace('_', '-')}")[1]
+        words = re.sub(r"[│\s]+", " ", entry.split("(default")[0]).split()
+        assert len(words) >= 4, field.name
+
+
+def commands(script):
+    """The README's `python SCRIPT ...` lines."""
+    text = (ROOT / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.S))
+    return re.findall(rf"python {script}\.py(.*)", blocks)
+
+
+def test_documented_commands_are_understood(script):
+    found = commands(script.__name__)
+    assert found
+    for line in found:
+        flags = shlex.split(line, comments=True)
+        if "--resume" not in flags and "--help" not in flags:
+            script.check_args(script.parse_args(flags))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_logged_metrics_are_documented(name):
+    source, readme = (ROOT / f"{name}.py").read_text(), (ROOT / "README.md").read_text()
+    logged = set(re.findall(r'"(charts/\w+)"', source))
+    update = source[source.index("losses = {") : source.index('f"losses/')]
+    logged |= {f"losses/{key}" for key in re.findall(r'"(\w+)":', update)}
+    assert len(logged) > 8
+    assert not [metric for metric in logged if f"`{metric}`" not in readme]

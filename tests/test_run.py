@@ -1,0 +1,350 @@
+"""Whole runs: every branch, run files, resume, signals, bad arguments."""
+
+import csv
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, make_columns, write_hdf5
+from test_data import error_of
+
+FAST = "--batch-size 8 --diffusion-steps 30 --sampler-steps 4 --eval-candidates 2 --eval-episodes 2 --num-updates 6"
+FAST += " --log-every 2 --eval-every 4 --save-every 3"
+
+
+@pytest.fixture
+def run(script, hopper_file, tmp_path):
+    """Run the script in this process on a small file; returns its result."""
+
+    def call(*flags, fast=FAST, data=("--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file))):
+        argv = [*fast.split(), *data, "--runs-dir", str(tmp_path / "runs"), *map(str, flags)]
+        return script.main(script.parse_args(argv))
+
+    return call
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_run_files(run, script, tmp_path):
+    result = run("--seed", 3)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith(f"hopper-medium-v2__{script.__name__}__3__") and result["run_dir"] == str(folder)
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert result["updates"] == 6 and result["updates_per_second"] > 0
+
+    about = json.loads((folder / "args.json").read_text())
+    assert about["args"]["seed"] == {"value": 3, "source": "command line"}
+    assert about["args"]["max_grad_norm"] == {"value": 9.0, "source": "preset"}
+    assert about["args"]["lr"] == {"value": 3e-4, "source": "default"}
+    assert {"torch", "gymnasium", "mujoco", "numpy", "python", "device", "commit", "dataset"} <= set(about)
+    assert len(about["dataset"]["sha256"]) == 64
+
+    metrics = rows_of(folder / "metrics.jsonl")
+    losses = [row for row in metrics if "losses/qf1_loss" in row]
+    assert [row["step"] for row in losses] == [2, 3, 4, 6]  # log, save, log and evaluation, end
+    assert all(math.isfinite(value) for row in metrics for value in row.values())
+    assert [row["step"] for row in metrics if "charts/episodic_return" in row] == [4, 6]
+
+    with open(folder / "evaluations.csv") as file:
+        episodes = list(csv.DictReader(file))
+    assert list(episodes[0]) == ["step", "episode", "seed", "return", "length", "normalized_score", "success"]
+    assert [(row["step"], row["episode"]) for row in episodes] == [("4", "0"), ("4", "1"), ("6", "0"), ("6", "1")]
+    assert len({row["seed"] for row in episodes}) == 4
+    last = [float(row["return"]) for row in episodes[2:]]
+    score = [100 * (r + 20.272305) / (3234.3 + 20.272305) for r in last]
+    assert result["return"]["last"] == pytest.approx(np.mean(last))
+    assert result["normalized_score"]["last"] == pytest.approx(np.mean(score))
+    assert result["return"]["best"] >= result["return"]["mean_of_last_10"]
+    assert list(folder.glob("events.out.tfevents.*"))
+    transform = script.load_checkpoint(str(folder))["transform"]
+    assert len(transform) == 4 and transform[3] > 1  # return-range
+
+
+@pytest.mark.parametrize("flags", [
+    "--sampler ddpm", "--sampler ddim", "--solver-order 1", "--solver-order 2", "--likelihood elbo",
+    "--max-grad-norm 0", "--normalize-observations --reward-transform min-max", "--reward-transform none",
+    "--reward-transform minus-one --expectile 0.9", "--inverse-temperature 0 --eval-candidates 1",
+    "--diffusion-coef 0", "--guidance-coef 0", "--num-threads 2",
+])  # fmt: skip
+def test_every_branch(run, flags):
+    assert run(*flags.split())["return"] is not None
+
+
+def test_compiled_update_agrees_with_eager(run, script):
+    """Metrics of compiled and eager runs, to float32 rounding."""
+    logs = [rows_of(script.Path(run("--compile", mode)["run_dir"]) / "metrics.jsonl") for mode in ("off", "on")]
+    for eager, compiled in zip(*logs, strict=True):
+        for name in (name for name in eager if name.startswith("losses/")):
+            assert compiled[name] == pytest.approx(eager[name], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["walker2d-medium-v2", "halfcheetah-expert-v2"])
+def test_other_environments(run, tmp_path, name):
+    path = write_hdf5(tmp_path / "own.hdf5", make_columns(obs_dim=17, act_dim=6))
+    short = FAST.replace("--eval-every 4", "--eval-every 9").replace("--num-updates 6", "--num-updates 2")
+    assert run(fast=short, data=("--env-id", name, "--dataset-path", str(path)))["normalized_score"] is not None
+
+
+def test_gymnasium_id_has_no_score(run, hopper_file):
+    result = run(data=("--env-id", "Hopper-v5", "--dataset-path", str(hopper_file)))
+    assert result["return"] is not None and result["normalized_score"] is None
+
+
+def test_without_environment(run, hopper_file, capsys):
+    result = run(data=("--env-id", "my-robot", "--dataset-path", str(hopper_file)))
+    assert result["updates"] == 6 and result["return"] is None and result["normalized_score"] is None
+    assert "training without evaluation" in capsys.readouterr().out
+
+
+def test_d4rl_directory(run, script, hopper_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    shutil.copy(hopper_file, tmp_path / "hopper_medium-v2.hdf5")
+    assert run(data=("--env-id", "hopper-medium-v2"))["normalized_score"] is not None
+
+
+def test_success_is_kept(script):
+    class Env(gym.Env):
+        action_space, observation_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (1,))
+
+        def reset(self, *, seed=None, options=None):
+            self.t = 0
+            return np.zeros(1), {}
+
+        def step(self, action):
+            self.t += 1
+            return np.zeros(1), 1.0, False, self.t == 5, {"success": self.t == 3}
+
+    rows = script.evaluate(lambda obs: np.zeros((len(obs), 1)), [Env(), Env()], [1, 2], [])
+    assert rows[1] == {"episode": 1, "seed": 2, "return": 5.0, "length": 5, "success": 1}
+
+
+# ----------------------------------------------------------------------------------------------------------- presets
+def test_presets(script):
+    assert script.parse_args(["--env-id", "hopper-medium-replay-v2"]).max_grad_norm == 4.0
+    assert script.parse_args(["--env-id", "hopper-medium-replay-v2", "--max-grad-norm", "5"]).max_grad_norm == 5.0
+    assert script.parse_args(["--env-id", "ant-medium-v2"]).max_grad_norm == 5.0  # default: not in the official table
+    assert script.parse_args(["--env-id", "antmaze-large-diverse-v0"]).expectile == 0.9
+    assert script.parse_args([]).num_updates < 100_000
+    fields = {field.name for field in script.dataclasses.fields(script.Args)}
+    assert all(set(preset) <= fields for preset in script.PRESETS.values())
+
+
+# ------------------------------------------------------------------------------------------------- checkpoint, resume
+def same_run(script, a, b):
+    """Both runs ended with the same weights, optimisers, generators, metrics and evaluations."""
+
+    def flat(value, prefix=""):
+        if isinstance(value, dict):
+            return {k: v for name, item in value.items() for k, v in flat(item, f"{prefix}/{name}").items()}
+        return {prefix: value}
+
+    left, right = (flat(script.load_checkpoint(r["run_dir"])) for r in (a, b))
+    for side in (left, right):
+        for name in [name for name in side if name.startswith(("/progress/times", "/args", "/run_dir"))]:
+            del side[name]
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]) if isinstance(value, torch.Tensor) else value == right[name], name
+    for name in ("metrics.jsonl", "evaluations.csv"):
+        texts = [(script.Path(r["run_dir"]) / name).read_text() for r in (a, b)]
+        if name == "metrics.jsonl":
+            drop = ("time", "charts/SPS")
+            texts = [[{k: v for k, v in json.loads(x).items() if k not in drop} for x in t.splitlines()] for t in texts]
+        assert texts[0] == texts[1], name
+
+
+@pytest.mark.parametrize("killed_at", [4, 5, 7])
+def test_resume_is_exact(run, script, monkeypatch, killed_at):
+    whole = run("--num-updates", 10)
+
+    class Killed(BaseException):
+        pass
+
+    log = script.Run.log
+
+    def dying_log(self, metrics):
+        if self.progress["step"] >= killed_at:
+            raise Killed
+        log(self, metrics)
+
+    monkeypatch.setattr(script.Run, "log", dying_log)
+    with pytest.raises(Killed):
+        run("--num-updates", 10)
+    monkeypatch.setattr(script.Run, "log", log)
+    folder = max(script.Path(whole["run_dir"]).parent.iterdir(), key=lambda p: p.name)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "half a row')  # what a kill can leave
+    resumed = script.main(script.parse_args(["--resume", str(folder)]))
+    same_run(script, whole, resumed)
+
+
+def test_a_finished_run_can_go_on(run, script):
+    whole = run("--num-updates", 8)
+    first = run("--num-updates", 4)
+    same_run(script, whole, script.main(script.parse_args(["--resume", first["run_dir"], "--num-updates", "8"])))
+
+
+def test_resume_refuses_other_settings_and_data(run, script, tmp_path, capsys):
+    folder = run()["run_dir"]
+    line = error_of(capsys, lambda: script.parse_args(["--resume", folder, "--lr", "1e-3"]))
+    assert "--lr" in line
+    write_hdf5(tmp_path / "hopper.hdf5", make_columns(seed=1))  # the same name, other data
+    assert "is not the data" in error_of(capsys, lambda: script.main(script.parse_args(["--resume", folder])))
+    for bad in (tmp_path / "nowhere", tmp_path / "hopper.hdf5"):
+        assert "--resume" in error_of(capsys, lambda: script.parse_args(["--resume", str(bad)]))  # noqa: B023
+
+
+def test_full_disk_keeps_the_old_checkpoint(run, script, monkeypatch, capsys):
+    save, calls = torch.save, []
+
+    def full(state, file):
+        calls.append(1)
+        if len(calls) > 1:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    result = run()
+    assert len(calls) == 2 and "No space left" in capsys.readouterr().err
+    assert script.load_checkpoint(result["run_dir"])["progress"]["step"] == 3
+    assert not list(script.Path(result["run_dir"]).glob("*.tmp"))
+
+
+def test_divergence_ends_with_3(run, script, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run("--lr", "1e30", "--num-updates", "50", "--max-grad-norm", "0")
+    assert caught.value.code == 3
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert "not finite" in capsys.readouterr().err and (folder / "diagnostics.json").exists()
+    checkpoint = folder / "checkpoint.pt"
+    assert not checkpoint.exists() or all(
+        torch.isfinite(value).all() for value in script.load_checkpoint(str(folder))["critic"].values()
+    )
+
+
+def start(script_name, tmp_path, *flags):
+    env = {**os.environ, "HOME": str(tmp_path), "WANDB_API_KEY": ""}
+    command = [sys.executable, str(ROOT / f"{script_name}.py"), *flags]
+    return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals(name, signum, code, tmp_path, hopper_file):
+    """A signal saves and exits; the run goes on from the very update."""
+    data = ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file)]
+    never = FAST.replace("--save-every 3", "--save-every 1000000").replace("--num-updates 6", "--num-updates 1000000")
+    process = start(name, tmp_path, *never.split(), *data)
+    for line in process.stdout:  # first progress
+        if line.startswith("update"):
+            break
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and "--resume" in err and "Traceback" not in err
+    (folder,) = (tmp_path / "runs").iterdir()
+    script = importlib.import_module(name)
+    step = script.load_checkpoint(str(folder))["progress"]["step"]
+    assert step > 0
+    result = script.main(script.parse_args(["--resume", str(folder), "--num-updates", str(step + 3)]))
+    assert result["updates"] == step + 3
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+@pytest.mark.parametrize("flags, message", [
+    ("--num-updates 0", "--num-updates"), ("--batch-size -1", "--batch-size"), ("--lr nan", "--lr"),
+    ("--gamma 1.5", "--gamma"), ("--expectile -0.1", "--expectile"), ("--diffusion-steps 20", "--diffusion-steps"),
+    ("--sampler-steps 31", "--sampler-steps"), ("--device nonsense", "--device"), ("--device cuda:77", "--device"),
+    ("--seed -1", "--seed"), ("--runs-dir /dev/null/x", "--runs-dir"),
+])  # fmt: skip
+def test_bad_arguments(run, capsys, flags, message):
+    assert message in error_of(capsys, lambda: run(*flags.split()))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_command_line(name, tmp_path):
+    """--help is quick and shows the preset of the id; a bad flag ends with exit code 2 and no traceback."""
+    begin = time.time()
+    out, _ = (process := start(name, tmp_path, "--env-id", "walker2d-medium-v2", "--help")).communicate()
+    assert process.returncode == 0 and time.time() - begin < 15
+    assert "--max-grad-norm FLOAT" in out and "(default: 1.0)" in out
+    for flags in (["--nonsense"], ["--seed", "x"], ["--sampler", "euler"]):
+        _, err = (process := start(name, tmp_path, *flags)).communicate()
+        assert process.returncode == 2 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_copied_script_runs_alone(name, tmp_path, hopper_file):
+    """In an empty folder, on a D4RL file, with nothing of the repository beside it."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    shutil.copy(ROOT / f"{name}.py", folder / "mine.py")
+    shutil.copy(hopper_file, folder / "hopper_medium-v2.hdf5")
+    command = [sys.executable, "mine.py", *FAST.split(), "--env-id", "hopper-medium-v2"]
+    env = {**os.environ, "D4RL_DATASET_DIR": str(folder), "PYTHONPATH": ""}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (made,) = (folder / "runs").iterdir()
+    assert made.name.startswith("hopper-medium-v2__mine__0__") and (made / "result.json").exists()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_wandb_without_a_key(name, tmp_path, hopper_file):
+    """Says so before any data is loaded."""
+    _, err = (process := start(name, tmp_path, "--track", "--dataset-path", "nowhere.hdf5")).communicate(timeout=60)
+    assert process.returncode == 2 and "--wandb-mode offline" in err and "nowhere" not in err
+
+
+def test_wandb_offline(run, script, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    result = run("--track", "--wandb-mode", "offline", "--wandb-group", "tests")
+    assert list((script.Path(result["run_dir"]) / "wandb").glob("offline-run-*"))
+
+
+class Drawn(gym.Env):
+    """Hopper's shapes, and a picture."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+    action_space, observation_space = gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-9, 9, (11,))
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return np.zeros(11, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.zeros(11, np.float32), 1.0, False, self.t == 5, {}
+
+    def render(self):
+        return np.full((64, 64, 3), 40 * self.t, np.uint8)
+
+
+gym.register("Drawn-v0", entry_point="test_run:Drawn")
+
+
+def test_video(run, script, hopper_file, monkeypatch):
+    data = ("--env-id", "Drawn-v0", "--dataset-path", str(hopper_file))
+    result = run("--capture-video", data=data)
+    videos = list((script.Path(result["run_dir"]) / "videos").glob("*.mp4"))
+    assert len(videos) == 2 and all(video.stat().st_size > 500 for video in videos)
+
+
+def test_video_that_cannot_be_drawn(run, hopper_file, monkeypatch, capsys):
+    monkeypatch.setattr(Drawn, "render", lambda self: 1 / 0)
+    data = ("--env-id", "Drawn-v0", "--dataset-path", str(hopper_file))
+    assert "--capture-video" in error_of(capsys, lambda: run("--capture-video", data=data))
