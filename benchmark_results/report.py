@@ -1,8 +1,8 @@
 """Tables and figures from the raw runs: python benchmark_results/report.py
 
-Writes benchmark_results/results.md and benchmark_results/learning_curves.png. Per data set and variant: the mean over seeds of
-the last evaluation, of the mean of the last ten evaluations and of the best one, the interquartile mean of the last with a
-95 % bootstrap interval over episodes of all seeds, and updates per second.
+Writes benchmark_results/results.md and learning_curves.png. Per data set and variant: means over seeds of the last
+evaluation, of the mean of the last ten and of the best one; the interquartile mean of the last evaluation's episodes
+over all seeds with a 95 % bootstrap interval; updates per second.
 """
 
 import csv
@@ -34,10 +34,8 @@ def main() -> None:
         env_id, variant, _ = folder.name.split("__")
         runs.setdefault(env_id, {}).setdefault(variant, []).append(folder)
 
-    lines = [
-        "| data | mean return of the data | algorithm | seeds | updates | last | mean of last 10 | best | IQM of last [95 %] | updates/s |"
-    ]
-    lines.append("|" + "---|" * 10)
+    columns = "data | mean return of the data | algorithm | seeds | updates | last | mean of last 10 | best"
+    lines = [f"| {columns} | IQM of last [95 %] | updates/s |", "|" + "---|" * 10]
     fig, axes = plt.subplots(
         1, max(len(runs), 1), figsize=(5.5 * max(len(runs), 1), 3.6), squeeze=False, constrained_layout=True
     )

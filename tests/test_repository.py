@@ -69,9 +69,8 @@ def test_every_argument_has_help(name, capsys):
     text = capsys.readouterr().out
     fields = __import__(name).dataclasses.fields(__import__(name).Args)
     for field in fields:
-        entry = text.split(f"--{field.name.replace('_', '-')}")[1]
-        words = re.sub(r"[│\s]+", " ", entry.split("(default")[0]).split()
-        assert len(words) >= 4, field.name
+        entry = re.search(rf"(?ms)^\W*--{field.name.replace('_', '-')}\b(.*?)\(default", text)[1]
+        assert len(re.sub(r"[│\s]+", " ", entry).split()) >= 3, field.name
 
 
 def commands(script):

@@ -1,0 +1,69 @@
+"""Break the mathematics on purpose and see a test fail: python tests/mutants.py
+
+Each mutant replaces one piece of a script's source, in a copy of the repository, and runs the mathematics tests there.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MUTANTS = {  # name: (script, original, mutant)
+    "sign in a_hat^0": ("edp_iql.py", "(a_k - self.sqrt_one_minus_alpha_bar", "(a_k + self.sqrt_one_minus_alpha_bar"),
+    "abar^{k-1} in the forward noising": (
+        "edp_iql.py",
+        "return self.sqrt_alpha_bar[k, None] * a0 + self.sqrt_one_minus_alpha_bar[k, None]",
+        "return self.sqrt_alpha_bar[k - 1, None] * a0 + self.sqrt_one_minus_alpha_bar[k - 1, None]",
+    ),
+    "no clip of a_hat^0": ("edp_iql.py", "return a0.clamp(-1, 1)", "return a0"),
+    "order 2 for order 3 in the solver": ("edp_iql.py", "if order == 2:", "if order >= 2:"),
+    "max for min over the critics": ("edp_iql.py", "torch.minimum(*self(s, a))", "torch.maximum(*self(s, a))"),
+    "expectile 1 - tau": ("edp_iql.py", "(q > v, expectile, 1 - expectile)", "(q > v, 1 - expectile, expectile)"),
+    "weight of V - Q": ("edp_iql.py", "(inverse_temperature * (q - v))", "(inverse_temperature * (v - q))"),
+    "old V for policy and critics": (
+        "edp_iql.py",
+        'descend("value", v_loss)\n',
+        "v, next_v = value(torch.cat([s, next_s])).detach()[:, 0].chunk(2)\n        descend('value', v_loss)\n",
+    ),
+    "no mask in the target": ("edp_iql.py", "r + gamma * mask * next_v", "r + gamma * next_v"),
+    "sum for mean in the diffusion loss": (
+        "edp_iql.py",
+        "return error.mean(), guidance",
+        "return error.sum(), guidance",
+    ),
+    "step off by one in the solver": ("edp_iql.py", "table(K * t - 1)", "table(K * t)"),
+    "selection by exp(-Q)": ("edp_iql.py", "q.softmax(dim=1)", "(-q).softmax(dim=1)"),
+    "sine before cosine": ("edp_iql.py", "[angles.cos(), angles.sin()]", "[angles.sin(), angles.cos()]"),
+}
+
+
+def survives(script: str, original: str, mutant: str) -> bool:
+    """Whether all mathematics tests pass with the mutant in place."""
+    source = (ROOT / script).read_text()
+    if source.count(original) != 1:
+        raise SystemExit(f"{script}: found {source.count(original)} times, not once: {original!r}")
+    mutated = source.replace(original, mutant)
+    if "v, next_v = value(torch.cat([s, next_s])).detach()" in mutant:  # and drop the right one
+        mutated = mutated.replace("            v, next_v = value(torch.cat([s, next_s]))[:, 0].chunk(2)\n", "")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("tests", "pyproject.toml"):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, Path(folder) / name)
+        (Path(folder) / script).write_text(mutated)
+        command = [sys.executable, "-m", "pytest", "-qx", "tests/test_edp_math.py", "tests/test_edp_golden.py"]
+        return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
+
+
+def main() -> None:
+    alive = 0
+    for name, mutant in MUTANTS.items():
+        survived = survives(*mutant)
+        alive += survived
+        print(f"{'SURVIVES' if survived else 'killed  '} {name}", flush=True)
+    raise SystemExit(bool(alive))
+
+
+if __name__ == "__main__":
+    main()
