@@ -133,11 +133,11 @@ FAMILIES = {
     "antmaze": {**SPARSE, "reward_transform": "minus-one", "expectile": 0.9},
 }
 PRESETS = {name: {**FAMILIES[name.split("-")[0]], "max_grad_norm": float(clip)} for name, clip in CLIPS.items()}
-# Bundled sets: ours, found by trying, for a run of minutes on a CPU. With the full guidance the weighted regression's noise
-# at high k drowns the diffusion loss for the first tens of thousands of updates.
+# Bundled sets: ours, found by trying, for a run of minutes on a CPU. With the full guidance, the noise of the weighted
+# regression at high k drowns the diffusion loss for the first tens of thousands of updates.
 MINI = {
-    "reward_transform": "return-range", "num_updates": 20_000, "lr": 1e-3, "diffusion_steps": 100, "guidance_coef": 0.01,
-    "eval_every": 5_000, "eval_candidates": 10, "log_every": 250, "save_every": 2_500,
+    "reward_transform": "return-range", "num_updates": 20_000, "lr": 1e-3, "diffusion_steps": 100,
+    "guidance_coef": 0.01, "eval_every": 5_000, "eval_candidates": 10, "log_every": 250, "save_every": 2_500,
 }  # fmt: skip
 PRESETS |= {f"hopper-{level}-mini": MINI for level in ("medium", "medium-replay", "medium-expert")}
 
@@ -357,14 +357,9 @@ def make_transitions(columns: Columns, args: Args, limit: int = 1_000) -> tuple[
         transform = transform._replace(reward_shift=-(low + high) / 2, reward_scale=2 / max(high - low, 1e-6))
     if args.normalize_observations:
         transform = transform._replace(obs_shift=-float(obs.mean()), obs_scale=1 / max(float(obs.std()), 1e-6))
+    r, mask = transform.reward(rewards)[:, None], ~terminals[:, None]
     actions = columns["actions"].clip(-0.999, 0.999)  # as the official code
-    parts = (
-        transform.obs(obs),
-        actions,
-        transform.obs(next_obs),
-        transform.reward(rewards)[:, None],
-        ~terminals[:, None],
-    )
+    parts = (transform.obs(obs), actions, transform.obs(next_obs), r, mask)
     return np.concatenate([part[keep].astype(np.float32) for part in parts], axis=1), transform
 
 
@@ -590,12 +585,9 @@ def policy_losses(
 
 # -------------------------------------------------------------------------------------------------------------- Update
 def make_networks(obs_dim: int, act_dim: int, device: torch.device) -> dict[str, Any]:
-    networks: dict[str, nn.Module] = {
-        "policy": Policy(obs_dim, act_dim),
-        "value": MLP(obs_dim, 1),
-        "critic": Critic(obs_dim, act_dim),
-    }
-    networks["critic_target"] = copy.deepcopy(networks["critic"]).requires_grad_(False)
+    critic = Critic(obs_dim, act_dim)
+    networks = {"policy": Policy(obs_dim, act_dim), "value": MLP(obs_dim, 1), "critic": critic}
+    networks["critic_target"] = copy.deepcopy(critic).requires_grad_(False)
     return {name: network.to(device) for name, network in networks.items()}
 
 
@@ -604,16 +596,12 @@ def make_update(
 ) -> tuple[Callable[..., dict[str, Tensor]], dict[str, torch.optim.Adam]]:
     """The update (s, a, s', r, mask, k, epsilon) -> metrics of Algorithm 1 with IQL's critics, and its optimisers."""
     policy, value, critic, critic_target = (networks[name] for name in ("policy", "value", "critic", "critic_target"))
-    # one vector per network: each is clipped on its own, as in the official code
-    vectors = {
-        "policy": [flatten(policy)],
-        "value": [flatten(value)],
-        "critic": [flatten(critic.q1), flatten(critic.q2)],
-    }
-    target_vectors = [flatten(critic_target.q1), flatten(critic_target.q2)]
-    device = next(policy.parameters()).device
+    # One vector per network: each is clipped on its own, as in the official code
+    critic_vectors, target_vectors = ([flatten(c.q1), flatten(c.q2)] for c in (critic, critic_target))
+    vectors = {"policy": [flatten(policy)], "value": [flatten(value)], "critic": critic_vectors}
+    device = vectors["policy"][0].device
     optimizers = {
-        f"{name}_optimizer": torch.optim.Adam(vector, lr=args.lr, fused=device.type in ("cpu", "cuda"))
+        name: torch.optim.Adam(vector, lr=args.lr, fused=device.type in ("cpu", "cuda"))
         for name, vector in vectors.items()
     }
     losses_of_policy = policy_losses
@@ -622,11 +610,11 @@ def make_update(
         losses_of_policy = torch.compile(policy_losses)
 
     def descend(name: str, loss: Tensor) -> None:
-        optimizers[f"{name}_optimizer"].zero_grad(set_to_none=False)
+        optimizers[name].zero_grad(set_to_none=False)
         loss.backward()
         for vector in vectors[name] if args.max_grad_norm > 0 else ():
             nn.utils.clip_grad_norm_(vector, args.max_grad_norm)
-        optimizers[f"{name}_optimizer"].step()
+        optimizers[name].step()
 
     def update(
         s: Tensor, a: Tensor, next_s: Tensor, r: Tensor, mask: Tensor, k: Tensor, epsilon: Tensor
@@ -647,7 +635,7 @@ def make_update(
         qf1_loss, qf2_loss = critic_losses(q1, q2, r, mask, next_v, args.gamma)
         descend("critic", qf1_loss + qf2_loss)
         with torch.no_grad():
-            for target, vector in zip(target_vectors, vectors["critic"], strict=True):
+            for target, vector in zip(target_vectors, critic_vectors, strict=True):
                 target.lerp_(vector, args.tau)
         losses = {"value_loss": v_loss, "qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "policy_loss": policy_loss}
         losses |= {"diffusion_loss": diffusion_loss, "guidance_loss": guidance_loss, "weight_mean": f.mean()}
@@ -667,9 +655,7 @@ def make_envs(make_env: Callable[..., gym.Env], args: Args) -> list[gym.Env]:
             envs[0].reset()
             envs[0].render()
         except Exception as error:  # every GL backend has its own kind
-            fail(
-                f"--capture-video cannot render: {error!r}; on a machine without a display try MUJOCO_GL=egl or osmesa"
-            )
+            fail(f"--capture-video cannot render: {error!r}; without a display try MUJOCO_GL=egl or MUJOCO_GL=osmesa")
     return envs
 
 
@@ -742,16 +728,15 @@ class Run:
         self.args, self.source, self.device, self.saved = args, source, device, saved
         self.dir = Path(saved["run_dir"]) if saved else self.make_dir()
         times = {"train": 0.0, "eval": 0.0, "save": 0.0}
-        self.progress = saved.get("progress", {"step": 0, "evaluated": [], "returns": [], "scores": [], "times": times})
+        self.progress = saved.get("progress", {"step": 0, "returns": {}, "scores": {}, "times": times})
         for path in (self.dir / "metrics.jsonl", self.dir / "evaluations.csv"):
             if path.exists():  # forget what a killed run logged after its checkpoint: it will come again
                 numbers = [(row, re.search(r"\d+", row)) for row in path.read_text().splitlines(keepends=True)]
                 path.write_text("".join(row for row, step in numbers if not step or int(step[0]) <= self.step))
         about = describe(args, source, device)
         (self.dir / "args.json").write_text(json.dumps(about, indent=1) + "\n")
-        print(
-            self.dir, *(f"{k} = {v['value']} ({v['source']})" for k, v in about["args"].items()), sep="\n  ", flush=True
-        )
+        arguments = (f"{name} = {entry['value']} ({entry['source']})" for name, entry in about["args"].items())
+        print(self.dir, *arguments, sep="\n  ", flush=True)
         if args.track:
             import wandb
 
@@ -799,9 +784,7 @@ class Run:
         for name, value in values.items():
             self.writer.add_scalar(name, value, self.step)
         if self.bar.disable:
-            charts = ", ".join(
-                f"{name[7:]} {value:.1f}" for name, value in values.items() if name.startswith("charts/")
-            )
+            charts = ", ".join(f"{name[7:]} {value:.1f}" for name, value in values.items() if "charts/" in name)
             print(f"update {self.step}/{self.args.num_updates}: {charts}", flush=True)
 
     def log(self, metrics: dict[str, Tensor]) -> None:
@@ -811,7 +794,7 @@ class Run:
         values = {name: float(tensor) for name, tensor in metrics.items()}
         self.lap("train")
         train = self.progress["times"]["train"]
-        values["charts/SPS"] = (self.step - self.lap_start[0]) / (train - self.lap_start[1])
+        values["charts/SPS"] = (self.step - self.lap_start[0]) / max(train - self.lap_start[1], 1e-9)
         values["charts/minutes_left"] = (self.args.num_updates - self.step) / values["charts/SPS"] / 60
         self.logged, self.lap_start = self.step, (self.step, train)
         self.write(values)
@@ -838,10 +821,9 @@ class Run:
         self.lap("eval")
         self.write({f"charts/{names[key]}": mean[key] for key in names if key in mean})
         self.bar.set_postfix_str(f"return {mean['return']:.0f}")
-        self.progress["evaluated"].append(self.step)
-        self.progress["returns"].append(mean["return"])
+        self.progress["returns"][self.step] = mean["return"]
         if reference:
-            self.progress["scores"].append(mean["normalized_score"])
+            self.progress["scores"][self.step] = mean["normalized_score"]
 
     def save(self, state: dict[str, Any], transform: Transform) -> None:
         """Write beside, flush, replace: a kill or a full disk leaves the checkpoint that was there."""
@@ -875,13 +857,11 @@ class Run:
         """Write and return the result: last, mean of the last ten (the paper's RAT) and best (its OMS) evaluation."""
         times = self.progress["times"]
         result = {"updates": self.step, "updates_per_second": self.step / times["train"], "run_dir": str(self.dir)}
-        for name, values in (("return", self.progress["returns"]), ("normalized_score", self.progress["scores"])):
-            summary = values and {
-                "last": values[-1],
-                "mean_of_last_10": float(np.mean(values[-10:])),
-                "best": max(values),
-            }
-            result[name] = summary or None
+        for name in ("return", "normalized_score"):
+            v = list(self.progress["returns" if name == "return" else "scores"].values())
+            result[name] = (
+                {"last": v[-1], "mean_of_last_10": sum(v[-10:]) / len(v[-10:]), "best": max(v)} if v else None
+            )
         result |= {"wall_time": sum(times.values()), "evaluation_time": times["eval"]}
         (self.dir / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result, indent=1))
@@ -938,7 +918,7 @@ def main(args: Args) -> dict[str, Any]:
     diffusion = Diffusion(args.diffusion_steps, args.sampler, args.sampler_steps, args.solver_order, device)
     networks = make_networks(obs_dim, act_dim, device)
     update, optimizers = make_update(args, diffusion, networks)
-    state = {**networks, **optimizers}
+    state = networks | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     if saved:
         run.restore(state)
 
@@ -950,10 +930,10 @@ def main(args: Args) -> dict[str, Any]:
     # Loop
     metrics: dict[str, Tensor] = {}
     while True:
-        step, last = run.step, run.step == args.num_updates
+        step, last = run.step, run.step >= args.num_updates
         if run.stop or last or any(step % n == 0 for n in (args.log_every, args.eval_every, args.save_every)):
             run.log(metrics)
-        if envs and step > 0 and (last or step % args.eval_every == 0) and step not in run.progress["evaluated"]:
+        if envs and step > 0 and (last or step % args.eval_every == 0) and step not in run.progress["returns"]:
             generator = torch.Generator(device).manual_seed(args.seed + 1_000_003 * step)  # training has its own
             seeds = np.random.default_rng([args.seed, step]).integers(2**31, size=len(envs)).tolist()
             if episodes := evaluate(partial(act, generator=generator), envs, seeds, run.stop):
