@@ -731,8 +731,11 @@ class Run:
         self.progress = saved.get("progress", {"step": 0, "returns": {}, "scores": {}, "times": times})
         for path in (self.dir / "metrics.jsonl", self.dir / "evaluations.csv"):
             if path.exists():  # forget what a killed run logged after its checkpoint: it will come again
-                numbers = [(row, re.search(r"\d+", row)) for row in path.read_text().splitlines(keepends=True)]
-                path.write_text("".join(row for row, step in numbers if not step or int(step[0]) <= self.step))
+                rows = [row for row in path.read_text().splitlines(keepends=True) if row.endswith("\n")]
+                steps = [
+                    int((re.search(r"\d+", row) or ["-1"])[0]) for row in rows
+                ]  # the first number; a header has none
+                path.write_text("".join(row for row, step in zip(rows, steps, strict=True) if step <= self.step))
         about = describe(args, source, device)
         (self.dir / "args.json").write_text(json.dumps(about, indent=1) + "\n")
         arguments = (f"{name} = {entry['value']} ({entry['source']})" for name, entry in about["args"].items())

@@ -185,7 +185,7 @@ def test_resume_is_exact(run, script, monkeypatch, killed_at):
     monkeypatch.setattr(script.Run, "log", log)
     folder = max(script.Path(whole["run_dir"]).parent.iterdir(), key=lambda p: p.name)
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "half a row')  # what a kill can leave
+        file.write('{"step": 8, "half a row')  # what a kill can leave
     resumed = script.main(script.parse_args(["--resume", str(folder)]))
     same_run(script, whole, resumed)
 
