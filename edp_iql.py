@@ -21,12 +21,13 @@ regression acts on its one-step reconstruction a_hat^0, so that no gradient goes
     evaluation            one of N actions, drawn with probability ~ exp(Q(s, a))             select_actions
 
 Deviations:           paper                      official code (sail-sg/edp)            here
-    K, sampler        1000, DPM-Solver 15        DDPM 100, DPM-Solver by flag           1000, DPM-Solver 15
+    K, sampler        1000, DPM-Solver 15        DDPM 100, DPM-Solver by flag           paper; bundled data K = 100
     candidates N      10                         50                                     50; bundled data 10
     beta (1/tau)      1                          3, weight at most 100                  as the code
     gradient clip     5                          per data set, each network alone       as the code; 5 elsewhere
     ||a - a_hat^0||^2 as written                 halved (unit-variance log-likelihood)  halved
     a_hat^0           as written                 clipped to [-1, 1]: no gradient beyond clipped
+    losses' norms     sums over dimensions       diffusion loss and ELBO: means         diffusion loss: mean; ELBO: sum
     ELBO weight       1 - abar^{k-1}: 0 at k = 1 1 - abar^k                             paper; at k = 1 as the code
     noise clip (DPM)  -                          schedule at a truncated step           at the exact time: 5e-3 apart
     DPM-Solver's end  t = 1e-3                   the same: NaN for K < 1000             max(1e-3, 1/K): the first step
@@ -48,7 +49,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -75,9 +77,9 @@ class Args:
     seed: int = 0  # seed of networks, batches, noise and evaluation
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps, ...
     num_updates: int = 2_000_000  # gradient updates in all
-    log_every: int = 1_000  # updates between two rows of metrics; losses are checked to be finite here
+    log_every: int = 1_000  # updates between two rows of metrics, where losses are checked to be finite
     save_every: int = 10_000  # updates between two checkpoints; each replaces the one before
-    resume: str | None = None  # run folder to go on with; every other argument comes from it
+    resume: str | None = None  # run folder to go on with; the algorithm's arguments come from it
     runs_dir: str = "runs"  # where run folders are made
     track: bool = False  # log to Weights & Biases too
     wandb_project: str = "edp"  # Weights & Biases project
@@ -117,7 +119,8 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------------------- PRESETS
-# Command line > preset > default. Norm clips: the official code's table; the rest: the paper's settings.
+# Command line > preset > default. Norm clips: the official code's table; the rest: the paper's settings. The ids of
+# AntMaze, Adroit and kitchen go with --dataset-path; without their environments there is no evaluation.
 CLIPS = {
     "halfcheetah-medium-v2": 9, "halfcheetah-medium-replay-v2": 2, "halfcheetah-medium-expert-v2": 7,
     "hopper-medium-v2": 9, "hopper-medium-replay-v2": 4, "hopper-medium-expert-v2": 5,
@@ -141,7 +144,7 @@ MINI = {
 }  # fmt: skip
 PRESETS |= {f"hopper-{level}-mini": MINI for level in ("medium", "medium-replay", "medium-expert")}
 
-# What --resume lets change: nothing that would alter an update
+# What --resume lets change: nothing that alters an update by more than rounding
 RESUMABLE = {
     "resume", "num_updates", "device", "log_every", "save_every", "runs_dir", "track", "wandb_project", "wandb_entity",
     "wandb_group", "wandb_mode", "dataset_path", "eval_every", "eval_episodes", "eval_candidates", "capture_video",
@@ -184,13 +187,14 @@ def check_args(args: Args) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- Data
 D4RL = {  # agent: Gymnasium environment, D4RL's returns of a random and an expert policy
-    "hopper": ("Hopper-v4", -20.272305, 3234.3),
-    "walker2d": ("Walker2d-v4", 1.629008, 4592.3),
-    "halfcheetah": ("HalfCheetah-v4", -280.178953, 12135.0),
-    "ant": ("Ant-v4", -325.6, 3879.7),
+    "hopper": ("Hopper-v4", (-20.272305, 3234.3)),
+    "walker2d": ("Walker2d-v4", (1.629008, 4592.3)),
+    "halfcheetah": ("HalfCheetah-v4", (-280.178953, 12135.0)),
+    "ant": ("Ant-v4", (-325.6, 3879.7)),
 }
 LEVELS = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
 D4RL_IDS = [f"{agent}-{level}-v2" for agent in D4RL for level in LEVELS]
+PRESETS = dict.fromkeys(D4RL_IDS, LOCOMOTION) | PRESETS  # ids that are not in the table
 BUNDLED_IDS = ["hopper-medium-mini", "hopper-medium-replay-mini", "hopper-medium-expert-mini"]
 D4RL_URLS = (  # tried in this order
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/{}",
@@ -214,19 +218,25 @@ class Transform(NamedTuple):
         return (r + self.reward_shift) * self.reward_scale
 
 
+KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+
+
 def read_hdf5(path: Path) -> Columns:
     """Read and check a file in D4RL's layout. OSError: missing, not HDF5, truncated; ValueError: bad content."""
-    keys = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
     with h5py.File(path, "r") as file:
-        columns = {key: file[key][()] for key in keys if key in file}
-    if missing := [key for key in keys[:4] if key not in columns]:
+        return check({key: file[key][()] for key in KEYS if isinstance(file.get(key), h5py.Dataset)})
+
+
+def check(columns: Columns) -> Columns:
+    """The same columns, if their shapes fit together and their values can be trained on; else ValueError."""
+    if missing := [key for key in KEYS[:4] if key not in columns or columns[key].ndim == 0]:
         raise ValueError(f"no {', '.join(missing)}")
     for key, column in columns.items():
         expected = (len(columns["rewards"]), *columns["observations" if "obs" in key else key].shape[1:])
         if column.shape != expected or column.ndim != (2 if "obs" in key or key == "actions" else 1) or not len(column):
             raise ValueError(f"{key} has shape {column.shape} for {len(columns['rewards'])} rewards")
-        if not np.isfinite(column).all():
-            raise ValueError(f"{key} has values that are not finite")
+        if column.dtype.kind not in "fiub" or not np.isfinite(column).all():
+            raise ValueError(f"{key} has values that are not finite numbers")
     if (largest := np.abs(columns["actions"]).max()) > 1.001:
         raise ValueError(f"actions reach {largest:.4g}, expected [-1, 1]")
     return columns
@@ -255,29 +265,28 @@ def download_d4rl(name: str) -> Path:
 
 def load_minari(env_id: str) -> tuple[Columns, Callable[..., gym.Env], tuple[float, float] | None]:
     """Columns, environment and reference returns of a Minari set; Dict observations flattened in sorted key order."""
-    try:
-        import minari
 
-        dataset = minari.load_dataset(env_id, download=True)
-    except ImportError:
-        fail(f"{env_id} is a Minari id: pip install 'minari[all]'")
-    except Exception as error:  # Minari raises many kinds, all of them mean no data
-        fail(f"Minari data set {env_id}: {error!r}")
-
-    def flatten(obs: Any) -> np.ndarray:
-        parts = [flatten(obs[key]) for key in sorted(obs)] if isinstance(obs, dict) else [obs.reshape(len(obs), -1)]
+    def flat(obs: Any) -> np.ndarray:
+        parts = [flat(obs[key]) for key in sorted(obs)] if isinstance(obs, dict) else [obs.reshape(len(obs), -1)]
         return np.concatenate(parts, axis=1)
 
     def make_env(**kwargs: Any) -> gym.Env:
-        env = dataset.recover_environment(eval_env=True, **kwargs)
-        return gym.wrappers.FlattenObservation(env)  # the same order
+        return gym.wrappers.FlattenObservation(dataset.recover_environment(eval_env=True, **kwargs))  # the same order
 
-    episodes = []
-    for e in dataset.iterate_episodes():
-        obs = flatten(e.observations)
-        episodes.append((obs[:-1], obs[1:], e.actions, e.rewards, e.terminations, e.truncations & ~e.terminations))
-    names = ("observations", "next_observations", "actions", "rewards", "terminals", "timeouts")
-    columns = {key: np.concatenate(parts) for key, parts in zip(names, zip(*episodes, strict=True), strict=True)}
+    try:
+        import minari
+
+        dataset, episodes = minari.load_dataset(env_id, download=True), []
+        for e in dataset.iterate_episodes():
+            obs, timeouts = flat(e.observations), e.truncations & ~e.terminations
+            episodes.append((obs[:-1], e.actions, e.rewards, e.terminations, timeouts, obs[1:]))
+        columns = check(
+            {key: np.concatenate(parts) for key, parts in zip(KEYS, zip(*episodes, strict=True), strict=True)}
+        )
+    except ImportError:
+        fail(f"{env_id} is a Minari id: pip install 'minari[all]'")
+    except Exception as error:  # Minari raises many kinds: no such set, no network, a format that is not ours
+        fail(f"Minari data set {env_id}: {error!r}")
     scores = [dataset.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
     return columns, make_env, None if None in scores else (float(scores[0]), float(scores[1]))
 
@@ -306,20 +315,20 @@ def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple
 
     gym_id, options = args.env_id, {}
     if args.env_id in BUNDLED_IDS + D4RL_IDS:
-        gym_id, *returns = D4RL[args.env_id.split("-")[0]]
-        reference = (returns[0], returns[1])
+        gym_id, reference = D4RL[args.env_id.split("-")[0]]
         options = {"use_contact_forces": True} if gym_id == "Ant-v4" else {}  # D4RL's 111 dimensions
     if gym_id in gym.registry:
-
-        def make_env(**kwargs: Any) -> gym.Env:
-            with warnings.catch_warnings():  # Gymnasium asks for v5, but D4RL's rewards are v4's
-                warnings.filterwarnings("ignore", message=".*out of date.*")
-                return gym.make(gym_id, **options, **kwargs)
-
-        env = make_env()
+        warnings.filterwarnings("ignore", message=".*out of date.*")  # Gymnasium asks for v5; D4RL's rewards are v4's
+        make_env = partial(gym.make, gym_id, **options)
+        try:
+            env = make_env()
+        except Exception as error:  # a dependency of the environment is missing
+            fail(f"environment {gym_id}: {error!r}")
         for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
             if columns[key].shape[1:] != space.shape:
                 fail(f"{path}: {key} {columns[key].shape[1:]} do not fit {gym_id}'s {space.shape}: is --env-id right?")
+        if "timeouts" not in columns and env.spec and env.spec.max_episode_steps:
+            columns["timeouts"] = timeouts_by_limit(columns["terminals"].astype(bool), env.spec.max_episode_steps)
         env.close()
     return columns, make_env, reference, source
 
@@ -349,7 +358,7 @@ def make_transitions(columns: Columns, args: Args, limit: int = 1_000) -> tuple[
     if args.reward_transform == "return-range":
         starts = np.flatnonzero(np.append(True, (terminals | timeouts)[:-1]))
         returns = np.add.reduceat(rewards.astype(np.float64), starts)
-        transform = transform._replace(reward_scale=1_000 / max(float(np.ptp(returns)), 1e-6))
+        transform = transform._replace(reward_scale=1_000 / (float(np.ptp(returns)) or 1_000))
     elif args.reward_transform == "minus-one":
         transform = transform._replace(reward_shift=-1.0)
     elif args.reward_transform == "min-max":
@@ -385,7 +394,7 @@ class Mish(torch.autograd.Function):
 
 
 class MLP(nn.Module):
-    """Mish network, initialised like flax's (LeCun normal, zero bias), which the official code uses."""
+    """Mish network, initialised like the official code's (flax: LeCun normal, there truncated, zero bias)."""
 
     def __init__(self, inputs: int, outputs: int, hidden: tuple[int, ...] = (256, 256, 256)) -> None:
         super().__init__()
@@ -418,10 +427,7 @@ class Policy(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, time_dim: int = 16) -> None:
         super().__init__()
         self.act_dim = act_dim
-        self.frequencies: Tensor
-        self.register_buffer(
-            "frequencies", 10_000 ** (-torch.arange(time_dim // 2) / (time_dim // 2)), persistent=False
-        )
+        self.frequencies = nn.Buffer(10_000 ** (-torch.arange(time_dim // 2) / (time_dim // 2)), persistent=False)
         self.time_mlp = MLP(time_dim, time_dim, hidden=(2 * time_dim,))
         self.net = MLP(obs_dim + act_dim + time_dim, act_dim)
 
@@ -475,8 +481,7 @@ class Diffusion:
         self.alpha, self.sigma = np.exp(log_alpha).tolist(), np.sqrt(1 - np.exp(2 * log_alpha)).tolist()
         self.lambda_ = (log_alpha - np.log(self.sigma)).tolist()
         self.t_index = table(K * t - 1)  # what the network is given: fractional steps
-        n = sampler_steps // solver_order
-        rest = sampler_steps % solver_order
+        n, rest = divmod(sampler_steps, solver_order)
         self.orders = [solver_order] * n + [rest] * (rest > 0)
         if solver_order == 3 and rest == 0:  # the last steps are where order 3 is least stable
             self.orders[-1:] = [2, 1]
@@ -555,12 +560,10 @@ def value_loss(v: Tensor, q: Tensor, expectile: float) -> Tensor:
     return (weight * (q - v).square()).mean()
 
 
-def critic_losses(
-    q1: Tensor, q2: Tensor, r: Tensor, mask: Tensor, next_v: Tensor, gamma: float
-) -> tuple[Tensor, Tensor]:
+def critic_losses(q1: Tensor, q2: Tensor, r: Tensor, mask: Tensor, next_v: Tensor, gamma: float) -> list[Tensor]:
     """Mean squared error of each critic against r + gamma mask V(s'), all (B,), IQL Eq. (6)."""
     target = r + gamma * mask * next_v
-    return (q1 - target).square().mean(), (q2 - target).square().mean()
+    return [(q - target).square().mean() for q in (q1, q2)]
 
 
 def iql_weight(q: Tensor, v: Tensor, inverse_temperature: float, cap: float) -> Tensor:
@@ -591,19 +594,15 @@ def make_networks(obs_dim: int, act_dim: int, device: torch.device) -> dict[str,
     return {name: network.to(device) for name, network in networks.items()}
 
 
-def make_update(
-    args: Args, diffusion: Diffusion, networks: dict[str, Any]
-) -> tuple[Callable[..., dict[str, Tensor]], dict[str, torch.optim.Adam]]:
+def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
     """The update (s, a, s', r, mask, k, epsilon) -> metrics of Algorithm 1 with IQL's critics, and its optimisers."""
     policy, value, critic, critic_target = (networks[name] for name in ("policy", "value", "critic", "critic_target"))
     # One vector per network: each is clipped on its own, as in the official code
     critic_vectors, target_vectors = ([flatten(c.q1), flatten(c.q2)] for c in (critic, critic_target))
     vectors = {"policy": [flatten(policy)], "value": [flatten(value)], "critic": critic_vectors}
     device = vectors["policy"][0].device
-    optimizers = {
-        name: torch.optim.Adam(vector, lr=args.lr, fused=device.type in ("cpu", "cuda"))
-        for name, vector in vectors.items()
-    }
+    adam = partial(torch.optim.Adam, lr=args.lr, fused=device.type in ("cpu", "cuda"))
+    optimizers = {name: adam(vector) for name, vector in vectors.items()}
     losses_of_policy = policy_losses
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
         torch._dynamo.config.suppress_errors = True  # without a C++ compiler: eager, and a warning
@@ -616,9 +615,8 @@ def make_update(
             nn.utils.clip_grad_norm_(vector, args.max_grad_norm)
         optimizers[name].step()
 
-    def update(
-        s: Tensor, a: Tensor, next_s: Tensor, r: Tensor, mask: Tensor, k: Tensor, epsilon: Tensor
-    ) -> dict[str, Tensor]:
+    def update(*batch: Tensor) -> dict[str, Tensor]:
+        s, a, next_s, r, mask, k, epsilon = batch
         with torch.no_grad():
             q = critic_target.min(s, a)
         v_loss = value_loss(value(s)[:, 0], q, args.expectile)
@@ -648,7 +646,10 @@ def make_update(
 # ---------------------------------------------------------------------------------------------------------- Evaluation
 def make_envs(make_env: Callable[..., gym.Env], args: Args) -> list[gym.Env]:
     """One environment per evaluation episode; with --capture-video the first can render, else exit 2."""
-    envs = [make_env() for _ in range(args.eval_episodes)]
+    try:
+        envs = [make_env() for _ in range(args.eval_episodes)]
+    except Exception as error:  # a dependency of the environment is missing
+        fail(f"environment of {args.env_id}: {error!r}")
     if args.capture_video:
         try:
             envs[0] = make_env(render_mode="rgb_array")
@@ -671,9 +672,7 @@ def select_actions(
     return a.view(len(q), candidates, -1)[torch.arange(len(q), device=s.device), choice]
 
 
-def evaluate(
-    act: Callable[[np.ndarray], np.ndarray], envs: list[gym.Env], seeds: list[int], stop: list[int]
-) -> list[dict[str, Any]]:
+def evaluate(act: Callable, envs: list[gym.Env], seeds: list[int], stop: list[int]) -> list[dict[str, Any]]:
     """One episode per environment, side by side; act maps observations (n, S) to actions. [] once `stop` fills."""
     obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
     rows = [{"episode": i, "seed": seed, "return": 0.0, "length": 0} for i, seed in enumerate(seeds)]
@@ -697,7 +696,9 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     """The checkpoint of a run folder, or that file; exit 2 if there is none."""
     file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
-        return {**torch.load(file, map_location="cpu", weights_only=True), "run_dir": str(file.parent)}
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        Args(**checkpoint["args"])  # KeyError, TypeError: not of this script, or of another version
+        return {**checkpoint, "run_dir": str(file.parent)}
     except Exception as error:  # whatever torch.load raises: this is no checkpoint of ours
         fail(f"--resume {path}: {str(error) or type(error).__name__}")
 
@@ -711,12 +712,9 @@ def describe(args: Args, source: dict[str, str], device: torch.device) -> dict[s
         arguments[field.name] = {"value": value, "source": origin}
     about = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "h5py")}
     about |= {"python": platform.python_version(), "device": f"{device}, {platform.machine()}"}
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git
-        commit = None
-    return {"args": arguments, **about, "commit": commit, "dataset": source}
+    git, folder = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
+    done = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True)  # a shell: git may be missing
+    return {"args": arguments, **about, "commit": done.stdout.strip() or None, "dataset": source}
 
 
 class Run:
@@ -728,29 +726,31 @@ class Run:
         self.args, self.source, self.device, self.saved = args, source, device, saved
         self.dir = Path(saved["run_dir"]) if saved else self.make_dir()
         times = {"train": 0.0, "eval": 0.0, "save": 0.0}
-        self.progress = saved.get("progress", {"step": 0, "returns": {}, "scores": {}, "times": times})
+        self.progress = saved.get("progress", {"step": 0, "evaluations": {}, "times": times})
         for path in (self.dir / "metrics.jsonl", self.dir / "evaluations.csv"):
             if path.exists():  # forget what a killed run logged after its checkpoint: it will come again
-                rows = [row for row in path.read_text().splitlines(keepends=True) if row.endswith("\n")]
-                steps = [
-                    int((re.search(r"\d+", row) or ["-1"])[0]) for row in rows
-                ]  # the first number; a header has none
-                path.write_text("".join(row for row, step in zip(rows, steps, strict=True) if step <= self.step))
+                rows = re.findall(r"([^\d\n]*(\d*).*\n)", path.read_text())  # whole rows, their first number: the step
+                path.write_text("".join(row for row, step in rows if int(step or 0) <= self.step))
         about = describe(args, source, device)
         (self.dir / "args.json").write_text(json.dumps(about, indent=1) + "\n")
         arguments = (f"{name} = {entry['value']} ({entry['source']})" for name, entry in about["args"].items())
         print(self.dir, *arguments, sep="\n  ", flush=True)
+        self.exits = ExitStack()  # leaves loggers, terminal and signal handlers as they were
         if args.track:
             import wandb
 
+            self.exits.callback(wandb.finish)
             names = {"project": args.wandb_project, "entity": args.wandb_entity, "group": args.wandb_group}
             options: dict[str, Any] = {**names, "mode": args.wandb_mode, "config": vars(args), "dir": str(self.dir)}
             wandb.init(**options, id=self.dir.name, resume="allow", sync_tensorboard=True)
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
+        self.exits.callback(self.writer.close)
         self.bar = tqdm(total=args.num_updates, initial=self.step, disable=not sys.stderr.isatty(), unit="update")
+        self.exits.callback(self.bar.close)
         self.stop: list[int] = []  # signals that came
-        self.handlers = {n: signal.signal(n, self.on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-        self.logged, self.clock, self.lap_start = -1, time.time(), (self.step, self.progress["times"]["train"])
+        for n in (signal.SIGINT, signal.SIGTERM):
+            self.exits.callback(signal.signal, n, signal.signal(n, self.on_signal))
+        self.clock, self.lap_start = time.time(), (self.step, self.progress["times"]["train"])
 
     @property
     def step(self) -> int:
@@ -758,18 +758,16 @@ class Run:
 
     def make_dir(self) -> Path:
         """A new folder RUNS_DIR/{env_id}__{exp_name}__{seed}__{timestamp}."""
-        while True:
-            name = f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}__{int(time.time())}".replace("/", "_")
-            try:
-                (path := Path(self.args.runs_dir) / name).mkdir(parents=True)
-                return path
-            except FileExistsError:  # of a run that started in the same second
-                time.sleep(0.2)
-            except OSError as error:
-                fail(f"--runs-dir: {error}")
+        stamp = time.time_ns() // 1_000_000  # ms: two runs that start in the same second
+        name = f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}__{stamp}".replace("/", "_")
+        try:
+            (path := Path(self.args.runs_dir) / name).mkdir(parents=True)
+            return path
+        except OSError as error:
+            fail(f"--runs-dir: {error}")
 
     def on_signal(self, signum: int, frame: Any) -> None:
-        """Let the loop save and end; a second signal ends the process at once."""
+        """Let the loop save and end; the same signal again ends the process at once."""
         self.stop.append(signum)
         signal.signal(signum, signal.SIG_DFL)
 
@@ -779,32 +777,41 @@ class Run:
         self.progress["times"][name] += now - self.clock
         self.clock = now
 
+    @contextmanager
+    def tolerate(self, what: str) -> Iterator[None]:
+        """A full disk costs a row or a checkpoint, not the run."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+            print(f"warning: {what} not written at update {self.step}: {error}", file=sys.stderr)
+
     def write(self, values: dict[str, float]) -> None:
         """A row to metrics.jsonl, TensorBoard and a plain line; wandb reads TensorBoard's."""
         row = {"step": self.step, "time": round(sum(self.progress["times"].values()), 2), **values}
-        with open(self.dir / "metrics.jsonl", "a") as file:
+        with self.tolerate("metrics"), open(self.dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, self.step)
+        with self.tolerate("TensorBoard events"):
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, self.step)
         if self.bar.disable:
             charts = ", ".join(f"{name[7:]} {value:.1f}" for name, value in values.items() if "charts/" in name)
             print(f"update {self.step}/{self.args.num_updates}: {charts}", flush=True)
 
     def log(self, metrics: dict[str, Tensor]) -> None:
         """Log the last update, once; exit 3 if a value is not finite, with the last checkpoint as it was."""
-        if self.logged == self.step or not metrics:
+        if self.step == self.lap_start[0]:
             return
         values = {name: float(tensor) for name, tensor in metrics.items()}
         self.lap("train")
         train = self.progress["times"]["train"]
         values["charts/SPS"] = (self.step - self.lap_start[0]) / max(train - self.lap_start[1], 1e-9)
         values["charts/minutes_left"] = (self.args.num_updates - self.step) / values["charts/SPS"] / 60
-        self.logged, self.lap_start = self.step, (self.step, train)
+        self.lap_start = (self.step, train)
         self.write(values)
         if not all(map(math.isfinite, values.values())):
             (self.dir / "diagnostics.json").write_text(json.dumps({"step": self.step, **values}, indent=1) + "\n")
             print(f"diverged at update {self.step}: not finite, see {self.dir}/diagnostics.json", file=sys.stderr)
-            self.close()
+            self.exits.close()
             raise SystemExit(3)
 
     def log_evaluation(self, episodes: list[dict[str, Any]], reference: tuple[float, float] | None) -> None:
@@ -814,19 +821,17 @@ class Run:
             row["step"] = self.step
             if reference:
                 row["normalized_score"] = 100 * (row["return"] - reference[0]) / (reference[1] - reference[0])
-        with open(self.dir / "evaluations.csv", "a", newline="") as file:
+        with self.tolerate("evaluation"), open(self.dir / "evaluations.csv", "a", newline="") as file:
             table = csv.DictWriter(file, columns, lineterminator="\n")
             if file.tell() == 0:
                 table.writeheader()
             table.writerows(episodes)
-        mean = {key: float(np.mean([row[key] for row in episodes])) for key in columns if key in episodes[0]}
         names = {"return": "episodic_return", "length": "episodic_length", "normalized_score": "normalized_score"}
+        mean = {key: float(np.mean([row[key] for row in episodes])) for key in names if key in episodes[0]}
         self.lap("eval")
-        self.write({f"charts/{names[key]}": mean[key] for key in names if key in mean})
+        self.write({f"charts/{names[key]}": value for key, value in mean.items()})
         self.bar.set_postfix_str(f"return {mean['return']:.0f}")
-        self.progress["returns"][self.step] = mean["return"]
-        if reference:
-            self.progress["scores"][self.step] = mean["normalized_score"]
+        self.progress["evaluations"][self.step] = mean
 
     def save(self, state: dict[str, Any], transform: Transform) -> None:
         """Write beside, flush, replace: a kill or a full disk leaves the checkpoint that was there."""
@@ -837,15 +842,13 @@ class Run:
         about = {"args": vars(self.args), "dataset": self.source, "transform": list(transform), "rng": rng}
         parts = {name: part.state_dict() for name, part in state.items()}
         temporary = self.dir / "checkpoint.tmp"
-        try:
+        with self.tolerate("checkpoint"):
             with open(temporary, "wb") as file:
                 torch.save({**parts, **about, "progress": self.progress}, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.dir / "checkpoint.pt")
-        except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
-            temporary.unlink(missing_ok=True)
-            print(f"warning: no checkpoint at update {self.step}: {error}", file=sys.stderr)
+        temporary.unlink(missing_ok=True)
         self.lap("save")
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -861,26 +864,14 @@ class Run:
         times = self.progress["times"]
         result = {"updates": self.step, "updates_per_second": self.step / times["train"], "run_dir": str(self.dir)}
         for name in ("return", "normalized_score"):
-            v = list(self.progress["returns" if name == "return" else "scores"].values())
-            result[name] = (
-                {"last": v[-1], "mean_of_last_10": sum(v[-10:]) / len(v[-10:]), "best": max(v)} if v else None
-            )
+            v = [mean[name] for mean in self.progress["evaluations"].values() if name in mean]
+            result[name] = {"last": v[-1], "mean_of_last_10": float(np.mean(v[-10:])), "best": max(v)} if v else None
         result |= {"wall_time": sum(times.values()), "evaluation_time": times["eval"]}
-        (self.dir / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        with self.tolerate("result.json"):
+            (self.dir / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        self.exits.close()
         print(json.dumps(result, indent=1))
-        self.close()
         return result
-
-    def close(self) -> None:
-        """Leave terminal, loggers and signal handlers as they were."""
-        self.bar.close()
-        self.writer.close()
-        if self.args.track:
-            import wandb
-
-            wandb.finish()
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -890,8 +881,12 @@ def main(args: Args) -> dict[str, Any]:
     if args.track and args.wandb_mode == "online":
         import wandb
 
-        if not wandb.login(prompt=False):
-            fail("--track needs a Weights & Biases key: `wandb login`, WANDB_API_KEY, or --wandb-mode offline")
+        try:
+            problem = "" if wandb.login(prompt=False) else "no key"
+        except Exception as error:  # a key that is malformed or refused, no network
+            problem = str(error)
+        if problem:
+            fail(f"--track: {problem}; `wandb login`, set WANDB_API_KEY, or --wandb-mode offline")
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
@@ -906,6 +901,8 @@ def main(args: Args) -> dict[str, Any]:
     if saved and saved["dataset"].get("sha256") != source.get("sha256"):
         fail(f"{source['file']} is not the data that the resumed run was trained on")
     transitions, transform = make_transitions(columns, args)
+    if not len(transitions):
+        fail(f"{source['file']} holds no transition: D4RL's rule drops timeout rows and the last one")
     data = torch.as_tensor(transitions, device=device)
     obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
     del columns, transitions
@@ -915,7 +912,11 @@ def main(args: Args) -> dict[str, Any]:
     if not envs:
         print(f"no environment is known for {args.env_id}: training without evaluation")
     elif args.capture_video:
-        envs[0] = gym.wrappers.RecordVideo(envs[0], str(run.dir / "videos"), episode_trigger=lambda _: True)
+        options: dict[str, Any] = {
+            "episode_trigger": lambda _: True,
+            "name_prefix": f"from-update-{run.step}",
+        }  # not over older ones
+        envs[0] = gym.wrappers.RecordVideo(envs[0], str(run.dir / "videos"), **options)
 
     # Networks, optimisers, update
     diffusion = Diffusion(args.diffusion_steps, args.sampler, args.sampler_steps, args.solver_order, device)
@@ -925,7 +926,9 @@ def main(args: Args) -> dict[str, Any]:
     if saved:
         run.restore(state)
 
-    def act(obs: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    generator = torch.Generator(device)  # training has its own
+
+    def act(obs: np.ndarray) -> np.ndarray:
         s = torch.as_tensor(transform.obs(obs), dtype=torch.float32, device=device)
         a = select_actions(diffusion, networks["policy"], networks["critic"], s, args.eval_candidates, generator)
         return a.cpu().numpy()
@@ -934,18 +937,22 @@ def main(args: Args) -> dict[str, Any]:
     metrics: dict[str, Tensor] = {}
     while True:
         step, last = run.step, run.step >= args.num_updates
-        if run.stop or last or any(step % n == 0 for n in (args.log_every, args.eval_every, args.save_every)):
-            run.log(metrics)
-        if envs and step > 0 and (last or step % args.eval_every == 0) and step not in run.progress["returns"]:
-            generator = torch.Generator(device).manual_seed(args.seed + 1_000_003 * step)  # training has its own
+        if metrics and (
+            run.stop or last or any(step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
+        ):
+            parameters = [p for network in networks.values() for p in network.parameters()]
+            run.log(metrics | {"losses/parameter_norm": nn.utils.get_total_norm(parameters)})
+        if envs and step > 0 and (last or step % args.eval_every == 0) and step not in run.progress["evaluations"]:
+            generator.manual_seed(args.seed + 1_000_003 * step)
             seeds = np.random.default_rng([args.seed, step]).integers(2**31, size=len(envs)).tolist()
-            if episodes := evaluate(partial(act, generator=generator), envs, seeds, run.stop):
+            if episodes := evaluate(act, envs, seeds, run.stop):
                 run.log_evaluation(episodes, reference)
+                run.save(state, transform)
         if metrics and (run.stop or last or step % args.save_every == 0):
             run.save(state, transform)
         if run.stop:
+            run.exits.close()
             print(f"stopped at update {step}; go on with --resume {run.dir}", file=sys.stderr)
-            run.close()
             raise SystemExit(128 + run.stop[0])
         if last:
             for env in envs:

@@ -98,6 +98,8 @@ BAD_FILES = {
     "rewards has shape": lambda c: c.update(rewards=c["rewards"][:-1]),
     "actions has shape": lambda c: c.update(actions=c["actions"][:-1]),
     "next_observations has shape": lambda c: c.update(next_observations=c["next_observations"][:, 1:]),
+    "rewards has values that are not finite numbers": lambda c: c.update(rewards=np.full(600, b"x")),
+    "no terminals": lambda c: c.update(terminals=0.0),
     "observations has values that are not finite": lambda c: c["observations"].__setitem__((3, 2), np.nan),
     "actions reach 2": lambda c: c["actions"].__setitem__((3, 2), 2.0),
 }
@@ -127,6 +129,17 @@ def test_wrong_environment(script, hopper_file, capsys):
     args = args_of(script, env_id="walker2d-medium-v2", dataset_path=str(hopper_file))
     line = error_of(capsys, lambda: script.load_task(args))
     assert "(11,)" in line and "(17,)" in line and "Walker2d-v4" in line
+
+
+def test_timeouts_by_the_limit_of_the_environment(script, tmp_path):
+    columns = make_columns(rows=200)
+    del columns["timeouts"]
+    columns["terminals"][:] = False
+    obs = np.zeros((200, 10), np.float32)
+    columns.update(observations=obs, next_observations=obs, actions=columns["actions"][:, :2])
+    path = write_hdf5(tmp_path / "reacher.hdf5", columns)
+    loaded, *_ = script.load_task(args_of(script, env_id="Reacher-v5", dataset_path=str(path)))  # 50 steps
+    assert np.flatnonzero(loaded["timeouts"]).tolist() == [49, 99, 149, 199]
 
 
 def test_unknown_id(script, capsys):

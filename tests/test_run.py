@@ -204,6 +204,13 @@ def test_resume_refuses_other_settings_and_data(run, script, tmp_path, capsys):
     assert "is not the data" in error_of(capsys, lambda: script.main(script.parse_args(["--resume", folder])))
     for bad in (tmp_path / "nowhere", tmp_path / "hopper.hdf5"):
         assert "--resume" in error_of(capsys, lambda: script.parse_args(["--resume", str(bad)]))  # noqa: B023
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
+    assert "--resume" in error_of(capsys, lambda: script.parse_args(["--resume", str(tmp_path / "other.pt")]))
+
+
+def test_no_transitions(run, tmp_path, capsys):
+    path = write_hdf5(tmp_path / "one.hdf5", make_columns(rows=1))
+    assert "no transition" in error_of(capsys, lambda: run(data=("--env-id", "x", "--dataset-path", str(path))))
 
 
 def test_full_disk_keeps_the_old_checkpoint(run, script, monkeypatch, capsys):
@@ -218,9 +225,38 @@ def test_full_disk_keeps_the_old_checkpoint(run, script, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "save", full)
     result = run()
-    assert len(calls) == 2 and "No space left" in capsys.readouterr().err
+    assert len(calls) > 2 and "No space left" in capsys.readouterr().err
     assert script.load_checkpoint(result["run_dir"])["progress"]["step"] == 3
     assert not list(script.Path(result["run_dir"]).glob("*.tmp"))
+
+
+def test_full_disk_costs_rows_not_the_run(run, monkeypatch, capsys):
+    import builtins
+
+    real = builtins.open
+
+    def full(file, *args, **kwargs):
+        if str(file).endswith((".jsonl", ".csv")):
+            raise OSError(28, "No space left on device")
+        return real(file, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", full)
+    assert run()["updates"] == 6
+    assert "warning: metrics not written at update 2" in capsys.readouterr().err
+
+
+def test_stop_during_an_evaluation(run, script, monkeypatch):
+    """The evaluation is made after the resume, once, and its rows survive a further kill."""
+    whole = run("--num-updates", 8)
+    evaluate = script.evaluate
+    monkeypatch.setattr(script, "evaluate", lambda act, envs, seeds, stop: stop.append(15) or [])
+    with pytest.raises(SystemExit) as caught:
+        run("--num-updates", 8)
+    assert caught.value.code == 143
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    folder = max(script.Path(whole["run_dir"]).parent.iterdir(), key=lambda p: p.name)
+    assert script.load_checkpoint(str(folder))["progress"]["step"] == 4
+    same_run(script, whole, script.main(script.parse_args(["--resume", str(folder)])))
 
 
 def test_divergence_ends_with_3(run, script, tmp_path, capsys):
