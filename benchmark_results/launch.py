@@ -5,7 +5,6 @@ python benchmark_results/launch.py edp_iql --jobs medium-expert   # only the job
 """
 
 import json
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -44,20 +43,21 @@ class Args:
 def run(name: str, script: str, flags: list[str], args: Args) -> str:
     """One job; returns what became of it."""
     raw, work = ROOT / "benchmark_results" / "raw" / name, args.runs_dir / name
-    if (raw / "result.json").exists():
+    if (raw / "result.json").exists() and json.loads((raw / "result.json").read_text())["updates"] >= args.updates:
         return "done before"
     work.mkdir(parents=True, exist_ok=True)
-    started = [path.parent for path in work.glob("*/checkpoint.pt")]
+    started = sorted(path.parent for path in work.glob("*/checkpoint.pt"))
     command = [sys.executable, str(ROOT / f"{script}.py")]
-    command += ["--resume", str(started[0])] if started else [*flags, "--runs-dir", str(work)]
+    resume = ["--resume", *map(str, started[-1:]), "--num-updates", str(args.updates)]
+    command += resume if started else [*flags, "--runs-dir", str(work)]
     with open(work / "log.txt", "a") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
         return f"exit code {code}, see {work / 'log.txt'}"
-    (folder,) = (path.parent for path in work.glob("*/result.json"))
-    raw.mkdir(parents=True)
-    for file in KEPT:
-        shutil.copy(folder / file, raw / file)
+    folder = max(path.parent for path in work.glob("*/result.json"))
+    raw.mkdir(parents=True, exist_ok=True)
+    for file in KEPT:  # without this machine's paths
+        (raw / file).write_text((folder / file).read_text().replace(f"{ROOT}/", ""))
     return f"return {json.loads((raw / 'result.json').read_text())['return']}"
 
 
