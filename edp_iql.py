@@ -87,7 +87,7 @@ class Args:
     wandb_group: str | None = None  # Weights & Biases group
     wandb_mode: Literal["online", "offline", "disabled"] = "online"  # Weights & Biases mode
     # data
-    env_id: str = "hopper-medium-expert-mini"  # bundled, D4RL or Minari id; with --dataset-path any name
+    env_id: str = "hopper-medium-replay-mini"  # bundled, D4RL or Minari id; with --dataset-path any name
     dataset_path: str | None = None  # HDF5 file in D4RL's layout to train on instead of the id's own data
     reward_transform: Literal["none", "return-range", "minus-one", "min-max"] = "none"
     """none; r * 1000 / (max - min episode return); r - 1 (AntMaze); r scaled to [-1, 1] (Adroit, kitchen)"""
