@@ -29,7 +29,7 @@ Deviations:           paper                      official code (sail-sg/edp)    
     a_hat^0           as written                 clipped to [-1, 1]: no gradient beyond clipped
     losses' norms     sums over dimensions       diffusion loss and ELBO: means         diffusion loss: mean; ELBO: sum
     ELBO weight       1 - abar^{k-1}: 0 at k = 1 1 - abar^k                             paper; at k = 1 as the code
-    noise clip (DPM)  -                          schedule at a truncated step           at the exact time: 5e-3 apart
+    noise clip (DPM)  -                          schedule at a truncated step           at the exact time: 7e-3 apart
     DPM-Solver's end  t = 1e-3                   the same: NaN for K < 1000             max(1e-3, 1/K): the first step
 """
 
