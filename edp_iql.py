@@ -35,6 +35,7 @@ Deviations:           paper                      official code (sail-sg/edp)    
 
 import copy
 import csv
+import ctypes
 import dataclasses
 import difflib
 import hashlib
@@ -89,9 +90,10 @@ class Args:
     # data
     env_id: str = "hopper-medium-replay-mini"  # bundled, D4RL or Minari id; with --dataset-path any name
     dataset_path: str | None = None  # HDF5 file in D4RL's layout to train on instead of the id's own data
-    reward_transform: Literal["none", "return-range", "minus-one", "min-max"] = "none"
-    """none; r * 1000 / (max - min episode return); r - 1 (AntMaze); r scaled to [-1, 1] (Adroit, kitchen)"""
-    normalize_observations: bool = False  # by one mean and standard deviation over all dimensions, as official
+    reward_transform: Literal["none", "return-range", "minus-one", "times-four", "min-max"] = "none"
+    """none; r * 1000 / (max - min episode return); r - 1 or 4 (r - 0.5) (AntMaze); r to [-1, 1] (Adroit, kitchen)"""
+    observation_transform: Literal["none", "scalar", "per-dimension"] = "none"
+    """none; by one mean and standard deviation over all dimensions (Adroit, kitchen, AntMaze); by one per dimension"""
     # evaluation
     eval_every: int = 10_000  # updates between two evaluations
     eval_episodes: int = 10  # episodes per evaluation, all run side by side
@@ -104,6 +106,7 @@ class Args:
     tau: float = 0.005  # rate of the target critics
     max_grad_norm: float = 5.0  # clip of each network's gradient norm; 0: none
     diffusion_steps: int = 1_000  # K, steps of the noise schedule
+    beta_schedule: Literal["linear", "vp"] = "linear"  # vp: Diffusion-QL's, for few steps
     sampler: Literal["dpm-solver", "ddim", "ddpm"] = "dpm-solver"  # how actions are sampled
     sampler_steps: int = 15  # network calls per sample of dpm-solver and ddim; ddpm takes K
     solver_order: Literal[1, 2, 3] = 3  # order of dpm-solver
@@ -130,17 +133,19 @@ CLIPS = {
     "kitchen-complete-v0": 9, "kitchen-partial-v0": 10, "kitchen-mixed-v0": 10,
 }  # fmt: skip
 LOCOMOTION: dict[str, Any] = {"reward_transform": "return-range"}
-SPARSE: dict[str, Any] = {"reward_transform": "min-max", "num_updates": 1_000_000, "normalize_observations": True}
+SPARSE: dict[str, Any] = {"reward_transform": "min-max", "num_updates": 1_000_000, "observation_transform": "scalar"}
 FAMILIES = {
     **{"halfcheetah": LOCOMOTION, "hopper": LOCOMOTION, "walker2d": LOCOMOTION, "pen": SPARSE, "kitchen": SPARSE},
     "antmaze": {**SPARSE, "reward_transform": "minus-one", "expectile": 0.9},
 }
 PRESETS = {name: {**FAMILIES[name.split("-")[0]], "max_grad_norm": float(clip)} for name, clip in CLIPS.items()}
-# Bundled sets: ours, found by trying, for a run of minutes on a CPU. With the full guidance, the noise of the weighted
-# regression at high k drowns the diffusion loss for the first tens of thousands of updates.
+# Bundled sets: ours, found by trying, for a run of minutes on a CPU. In this data the medium policy is the faster one
+# and falls after some 300 steps, so the critics must look further than gamma = 0.99 does, and soon (tau). With the full
+# guidance, the noise of high steps k and uneven weights drowns the diffusion loss for tens of thousands of updates.
 MINI = {
-    "reward_transform": "return-range", "num_updates": 20_000, "lr": 1e-3, "diffusion_steps": 100,
-    "guidance_coef": 0.01, "eval_every": 5_000, "eval_candidates": 10, "log_every": 250, "save_every": 2_500,
+    "reward_transform": "return-range", "observation_transform": "per-dimension", "num_updates": 20_000, "lr": 1e-3,
+    "gamma": 0.995, "tau": 0.05, "diffusion_steps": 100, "guidance_coef": 0.01, "eval_every": 5_000,
+    "eval_candidates": 10, "log_every": 250, "save_every": 2_500,
 }  # fmt: skip
 PRESETS |= {f"hopper-{level}-mini": MINI for level in ("medium", "medium-replay", "medium-expert")}
 
@@ -179,7 +184,8 @@ def check_args(args: Args) -> None:
     bounds |= dict.fromkeys(("max_grad_norm", "diffusion_coef", "guidance_coef", "inverse_temperature"), (0, math.inf))
     bounds |= dict.fromkeys(("gamma", "tau", "expectile"), (0, 1))
     # the linear schedule's last beta is 20 / K
-    bounds |= {"diffusion_steps": (21, math.inf), "sampler_steps": (1, args.diffusion_steps), "seed": (0, 2**32)}
+    bounds |= {"diffusion_steps": (21 if args.beta_schedule == "linear" else 2, math.inf), "seed": (0, 2**32)}
+    bounds |= {"sampler_steps": (1, args.diffusion_steps)}
     for name, (low, high) in bounds.items():
         if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, got {getattr(args, name)}")
@@ -206,8 +212,8 @@ Columns = dict[str, np.ndarray]  # D4RL's arrays: observations (N, S), actions (
 class Transform(NamedTuple):
     """How the networks see observations and rewards, the same for data and evaluation."""
 
-    obs_shift: float = 0.0
-    obs_scale: float = 1.0
+    obs_shift: Any = 0.0  # a number or (S,)
+    obs_scale: Any = 1.0
     reward_shift: float = 0.0
     reward_scale: float = 1.0
 
@@ -361,11 +367,15 @@ def make_transitions(columns: Columns, args: Args, limit: int = 1_000) -> tuple[
         transform = transform._replace(reward_scale=1_000 / (float(np.ptp(returns)) or 1_000))
     elif args.reward_transform == "minus-one":
         transform = transform._replace(reward_shift=-1.0)
+    elif args.reward_transform == "times-four":
+        transform = transform._replace(reward_shift=-0.5, reward_scale=4.0)
     elif args.reward_transform == "min-max":
         low, high = float(rewards.min()), float(rewards.max())
         transform = transform._replace(reward_shift=-(low + high) / 2, reward_scale=2 / max(high - low, 1e-6))
-    if args.normalize_observations:
-        transform = transform._replace(obs_shift=-float(obs.mean()), obs_scale=1 / max(float(obs.std()), 1e-6))
+    if args.observation_transform != "none":
+        axis = 0 if args.observation_transform == "per-dimension" else None
+        mean, std = obs.mean(axis, dtype=np.float64), obs.std(axis, dtype=np.float64)
+        transform = transform._replace(obs_shift=-mean, obs_scale=1 / std.clip(1e-3))
     r, mask = transform.reward(rewards)[:, None], ~terminals[:, None]
     actions = columns["actions"].clip(-0.999, 0.999)  # as the official code
     parts = (transform.obs(obs), actions, transform.obs(next_obs), r, mask)
@@ -454,20 +464,25 @@ class Critic(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------- Diffusion
 class Diffusion:
-    """Linear beta schedule, forward noising, action approximation and samplers.
+    """Schedule, forward noising, action approximation and samplers.
 
     Tables are (K,) float32; step k of the paper, from 1 to K, is index k - 1. Actions lie in [-1, 1].
     """
 
-    def __init__(self, K: int, sampler: str, sampler_steps: int, solver_order: int, device: torch.device) -> None:
+    def __init__(
+        self, K: int, sampler: str, steps: int, solver_order: int, device: torch.device, schedule: str = "linear"
+    ) -> None:
         beta = np.linspace(0.1 / K, 20 / K, K)  # 1e-4 to 0.02 at K = 1000
+        if schedule == "vp":  # the continuous process of the linear schedule, in K steps
+            beta = -np.expm1(-0.1 / K - 0.5 * (10 - 0.1) * (2 * np.arange(K) + 1) / K**2)
         alpha_bar = np.cumprod(1 - beta)
         alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
 
         def table(values: Any) -> Tensor:
             return torch.as_tensor(np.asarray(values), dtype=torch.float32, device=device)
 
-        self.K, self.sampler, self.steps = K, sampler, sampler_steps
+        self.K, self.sampler, self.steps = K, sampler, steps
+        self.draws = K + 1 if sampler == "ddpm" else 1  # Gaussian vectors that a sample takes
         self.sqrt_alpha_bar, self.sqrt_one_minus_alpha_bar = table(alpha_bar**0.5), table((1 - alpha_bar) ** 0.5)
         # Weight of the ELBO; 1 - abar^0 = 0 is replaced by 1 - abar^1, as is usual for the posterior's variance
         self.elbo_weight = table(beta / (2 * (1 - beta) * np.maximum(1 - alpha_bar_prev, 1 - alpha_bar[0])))
@@ -476,12 +491,12 @@ class Diffusion:
         self.posterior_ak = table((1 - alpha_bar_prev) * (1 - beta) ** 0.5 / (1 - alpha_bar))
         self.posterior_std = table((beta * (1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5)
         # DPM-Solver's network calls, uniform in time from 1 to the end; log alpha_t is linear between t = k / K
-        t = np.linspace(1.0, max(1e-3, 1 / K), sampler_steps + 1)
+        t = np.linspace(1.0, max(1e-3, 1 / K), steps + 1)
         log_alpha = np.interp(t, np.arange(1, K + 1) / K, 0.5 * np.log(alpha_bar))
         self.alpha, self.sigma = np.exp(log_alpha).tolist(), np.sqrt(1 - np.exp(2 * log_alpha)).tolist()
         self.lambda_ = (log_alpha - np.log(self.sigma)).tolist()
         self.t_index = table(K * t - 1)  # what the network is given: fractional steps
-        n, rest = divmod(sampler_steps, solver_order)
+        n, rest = divmod(steps, solver_order)
         self.orders = [solver_order] * n + [rest] * (rest > 0)
         if solver_order == 3 and rest == 0:  # the last steps are where order 3 is least stable
             self.orders[-1:] = [2, 1]
@@ -495,18 +510,14 @@ class Diffusion:
         a0 = (a_k - self.sqrt_one_minus_alpha_bar[k, None] * epsilon) / self.sqrt_alpha_bar[k, None]
         return a0.clamp(-1, 1)
 
-    def sample(self, policy: Policy, s: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Actions (B, A) for states (B, S), by the chosen sampler."""
-        shape = (len(s), policy.act_dim)
-        a = torch.randn(shape, generator=generator, device=s.device)
+    def sample(self, policy: Policy, s: Tensor, noise: Tensor) -> Tensor:
+        """Actions (B, A) for states (B, S) by the chosen sampler, from noise (draws, B, A)."""
         if self.sampler == "dpm-solver":
-            return self.dpm_solver(policy, s, a)
-        if self.sampler == "ddim":
-            return self.ddim(policy, s, a)
-        return self.ddpm(policy, s, [a, *torch.randn((self.K, *shape), generator=generator, device=s.device)])
+            return self.dpm_solver(policy, s, noise[0])
+        return self.ddim(policy, s, noise[0]) if self.sampler == "ddim" else self.ddpm(policy, s, noise)
 
-    def ddpm(self, policy: Policy, s: Tensor, noise: list[Tensor]) -> Tensor:
-        """Ancestral sampling; noise: a^K, then one (B, A) per step."""
+    def ddpm(self, policy: Policy, s: Tensor, noise: Tensor) -> Tensor:
+        """Ancestral sampling; noise (K + 1, B, A): a^K, then one per step."""
         a = noise[0]
         for k, z in zip(torch.arange(self.K - 1, -1, -1, device=s.device), noise[1:], strict=True):
             a0 = self.approximate_action(a, k, policy(s, a, k))
@@ -571,52 +582,66 @@ def iql_weight(q: Tensor, v: Tensor, inverse_temperature: float, cap: float) -> 
     return (inverse_temperature * (q - v)).exp().clamp(max=cap)
 
 
-def policy_losses(
-    diffusion: Diffusion, policy: Policy, s: Tensor, a: Tensor, k: Tensor, epsilon: Tensor, f: Tensor, likelihood: str
+def reconstruct(
+    diffusion: Diffusion, policy: Policy, s: Tensor, a: Tensor, k: Tensor, epsilon: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Diffusion loss and weighted regression at steps k (B,) with noise epsilon (B, A) and weights f (B,)."""
+    """Squared noise error, whose mean is the diffusion loss, and a_hat^0, both (B, A), at steps k (B,)."""
     a_k = diffusion.forward_noising(a, k, epsilon)
     epsilon_hat = policy(s, a_k, k)
-    error = (epsilon - epsilon_hat).square()
+    return (epsilon - epsilon_hat).square(), diffusion.approximate_action(a_k, k, epsilon_hat)
+
+
+def weighted_regression(
+    diffusion: Diffusion, error: Tensor, a: Tensor, a_hat_0: Tensor, k: Tensor, f: Tensor, likelihood: str
+) -> Tensor:
+    """E f ||a - a_hat^0||^2 / 2 (mse) or the weighted ELBO, with weights f (B,)."""
     if likelihood == "elbo":
-        guidance = (diffusion.elbo_weight[k] * f * error.sum(1)).mean()
-    else:  # 1/2: -log N(a; a_hat^0, I) up to a constant, as in the official code
-        a_hat_0 = diffusion.approximate_action(a_k, k, epsilon_hat)
-        guidance = 0.5 * (f * (a - a_hat_0).square().sum(1)).mean()
-    return error.mean(), guidance
+        return (diffusion.elbo_weight[k] * f * error.sum(1)).mean()
+    return 0.5 * (f * (a - a_hat_0).square().sum(1)).mean()  # -log N(a; a_hat^0, I) up to a constant, as official
 
 
 # -------------------------------------------------------------------------------------------------------------- Update
 def make_networks(obs_dim: int, act_dim: int, device: torch.device) -> dict[str, Any]:
+    """The networks and their target copies."""
     critic = Critic(obs_dim, act_dim)
     networks = {"policy": Policy(obs_dim, act_dim), "value": MLP(obs_dim, 1), "critic": critic}
     networks["critic_target"] = copy.deepcopy(critic).requires_grad_(False)
     return {name: network.to(device) for name, network in networks.items()}
 
 
+def draw(args: Args, diffusion: Diffusion, act_dim: int, device: torch.device, step: int) -> dict[str, Tensor]:
+    """What chance decides in one update, apart from the batch."""
+    return {
+        "k": torch.randint(args.diffusion_steps, (args.batch_size,), device=device),
+        "epsilon": torch.randn(args.batch_size, act_dim, device=device),
+    }
+
+
 def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
-    """The update (s, a, s', r, mask, k, epsilon) -> metrics of Algorithm 1 with IQL's critics, and its optimisers."""
+    """The update of Algorithm 1 with IQL's critics, a batch and its random draws -> metrics, and its optimisers."""
     policy, value, critic, critic_target = (networks[name] for name in ("policy", "value", "critic", "critic_target"))
     # One vector per network: each is clipped on its own, as in the official code
     critic_vectors, target_vectors = ([flatten(c.q1), flatten(c.q2)] for c in (critic, critic_target))
     vectors = {"policy": [flatten(policy)], "value": [flatten(value)], "critic": critic_vectors}
+    parameters = {name: list(networks[name].parameters()) for name in vectors}
     device = vectors["policy"][0].device
     adam = partial(torch.optim.Adam, lr=args.lr, fused=device.type in ("cpu", "cuda"))
     optimizers = {name: adam(vector) for name, vector in vectors.items()}
-    losses_of_policy = policy_losses
+    reconstruct_ = reconstruct
     if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
         torch._dynamo.config.suppress_errors = True  # without a C++ compiler: eager, and a warning
-        losses_of_policy = torch.compile(policy_losses)
+        reconstruct_ = torch.compile(reconstruct)
 
     def descend(name: str, loss: Tensor) -> None:
         optimizers[name].zero_grad(set_to_none=False)
-        loss.backward()
+        loss.backward(inputs=parameters[name])  # and nothing into the other networks
         for vector in vectors[name] if args.max_grad_norm > 0 else ():
             nn.utils.clip_grad_norm_(vector, args.max_grad_norm)
         optimizers[name].step()
 
-    def update(*batch: Tensor) -> dict[str, Tensor]:
-        s, a, next_s, r, mask, k, epsilon = batch
+    def update(
+        s: Tensor, a: Tensor, next_s: Tensor, r: Tensor, mask: Tensor, k: Tensor, epsilon: Tensor
+    ) -> dict[str, Tensor]:
         with torch.no_grad():
             q = critic_target.min(s, a)
         v_loss = value_loss(value(s)[:, 0], q, args.expectile)
@@ -625,7 +650,9 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
         with torch.no_grad():  # the new V serves policy and critics, as in the official code
             v, next_v = value(torch.cat([s, next_s]))[:, 0].chunk(2)
             f = iql_weight(q, v, args.inverse_temperature, args.weight_cap)
-        diffusion_loss, guidance_loss = losses_of_policy(diffusion, policy, s, a, k, epsilon, f, args.likelihood)
+        error, a_hat_0 = reconstruct_(diffusion, policy, s, a, k, epsilon)
+        diffusion_loss = error.mean()
+        guidance_loss = weighted_regression(diffusion, error, a, a_hat_0, k, f, args.likelihood)
         policy_loss = args.diffusion_coef * diffusion_loss + args.guidance_coef * guidance_loss
         descend("policy", policy_loss)
 
@@ -666,7 +693,8 @@ def select_actions(
 ) -> Tensor:
     """Energy-based action selection: of N actions per state (n, S), one (n, A) with probability ~ exp(min Q)."""
     s = s.repeat_interleave(candidates, dim=0)
-    a = diffusion.sample(policy, s, generator).clamp(-1, 1)
+    noise = torch.randn(diffusion.draws, len(s), policy.act_dim, generator=generator, device=s.device)
+    a = diffusion.sample(policy, s, noise).clamp(-1, 1)
     q = critic.min(s, a).view(-1, candidates)
     choice = torch.multinomial(q.softmax(dim=1), 1, generator=generator)[:, 0]
     return a.view(len(q), candidates, -1)[torch.arange(len(q), device=s.device), choice]
@@ -839,7 +867,8 @@ class Run:
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        about = {"args": vars(self.args), "dataset": self.source, "transform": list(transform), "rng": rng}
+        about: dict[str, Any] = {"args": vars(self.args), "dataset": self.source, "rng": rng}
+        about |= {"transform": list(map(torch.as_tensor, transform))}
         parts = {name: part.state_dict() for name, part in state.items()}
         temporary = self.dir / "checkpoint.tmp"
         with self.tolerate("checkpoint"):
@@ -893,6 +922,9 @@ def main(args: Args) -> dict[str, Any]:
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
     torch.set_num_threads(args.num_threads)
+    if sys.platform == "linux":  # keep freed activations: glibc gives them back, and each update faults them in anew
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 32 << 20)
     torch.manual_seed(args.seed)
 
     # Data and environments
@@ -919,7 +951,8 @@ def main(args: Args) -> dict[str, Any]:
         envs[0] = gym.wrappers.RecordVideo(envs[0], str(run.dir / "videos"), **options)
 
     # Networks, optimisers, update
-    diffusion = Diffusion(args.diffusion_steps, args.sampler, args.sampler_steps, args.solver_order, device)
+    K, sampler, steps, order = args.diffusion_steps, args.sampler, args.sampler_steps, args.solver_order
+    diffusion = Diffusion(K, sampler, steps, order, device, args.beta_schedule)
     networks = make_networks(obs_dim, act_dim, device)
     update, optimizers = make_update(args, diffusion, networks)
     state = networks | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
@@ -960,10 +993,9 @@ def main(args: Args) -> dict[str, Any]:
             return run.finish()
 
         index = torch.randint(len(data), (args.batch_size,), device=device)
-        k = torch.randint(args.diffusion_steps, (args.batch_size,), device=device)
-        epsilon = torch.randn(args.batch_size, act_dim, device=device)
         s, a, next_s, r, mask = data[index].split([obs_dim, act_dim, obs_dim, 1, 1], dim=1)
-        metrics = update(s, a, next_s, r[:, 0], mask[:, 0], k, epsilon)
+        chance = draw(args, diffusion, act_dim, device, step)
+        metrics = update(s, a, next_s, r[:, 0], mask[:, 0], **chance)
         run.progress["step"] += 1
         run.bar.update()
 

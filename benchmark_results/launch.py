@@ -66,16 +66,8 @@ def main(args: Args) -> None:
     for seed in range(args.seeds):
         for env_id in SETS:
             for variant, flags in VARIANTS[args.script].items():
-                common = [
-                    "--env-id",
-                    env_id,
-                    "--seed",
-                    str(seed),
-                    "--num-updates",
-                    str(args.updates),
-                    "--exp-name",
-                    variant,
-                ]
+                common = ["--env-id", env_id, "--seed", str(seed), "--num-updates", str(args.updates)]
+                common += ["--exp-name", variant, "--eval-every", "10000"]
                 jobs[f"{env_id}__{variant}__{seed}"] = common + flags
     jobs = {name: flags for name, flags in jobs.items() if args.jobs in name}
     with ThreadPoolExecutor(args.workers) as pool:
