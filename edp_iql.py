@@ -185,7 +185,7 @@ def check_args(args: Args) -> None:
     bounds |= dict.fromkeys(("gamma", "tau", "expectile"), (0, 1))
     # the linear schedule's last beta is 20 / K
     bounds |= {"diffusion_steps": (21 if args.beta_schedule == "linear" else 2, math.inf), "seed": (0, 2**32)}
-    bounds |= {"sampler_steps": (1, args.diffusion_steps)}
+    bounds |= {"sampler_steps": (1, args.diffusion_steps if args.sampler != "ddpm" else math.inf)}
     for name, (low, high) in bounds.items():
         if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, got {getattr(args, name)}")

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SETS = ("hopper-medium-expert-mini", "hopper-medium-replay-mini")
 VARIANTS = {
     "edp_iql": {"edp_iql": [], "bc": ["--inverse-temperature", "0", "--eval-candidates", "1"]},
+    "edp_crr": {"edp_crr": []},
+    "edp_td3": {"edp_td3": []},
 }
 KEPT = ("args.json", "evaluations.csv", "metrics.jsonl", "result.json")
 
@@ -26,7 +28,7 @@ KEPT = ("args.json", "evaluations.csv", "metrics.jsonl", "result.json")
 class Args:
     """Run a benchmark, one run per core; call it again to go on where it stopped."""
 
-    script: tyro.conf.Positional[Literal["edp_iql"]]
+    script: tyro.conf.Positional[Literal["edp_iql", "edp_crr", "edp_td3"]]
     """which script"""
     seeds: int = 3
     """seeds 0, 1, ..."""
@@ -62,7 +64,7 @@ def run(name: str, script: str, flags: list[str], args: Args) -> str:
 
 
 def main(args: Args) -> None:
-    jobs = {}
+    jobs: dict[str, list[str]] = {}
     for seed in range(args.seeds):
         for env_id in SETS:
             for variant, flags in VARIANTS[args.script].items():

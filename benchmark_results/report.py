@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-LABELS = {"edp_iql": "EDP-IQL", "bc": "behaviour cloning"}
-COLOURS = {"edp_iql": "#4477aa", "bc": "#cc6677"}
+LABELS = {"edp_iql": "EDP-IQL", "edp_crr": "EDP-CRR", "edp_td3": "EDP-TD3", "bc": "behaviour cloning"}
+COLOURS = {"edp_iql": "#4477aa", "edp_crr": "#228833", "edp_td3": "#ccbb44", "bc": "#cc6677"}
 
 
 def interquartile_mean(values: np.ndarray) -> float:

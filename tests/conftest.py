@@ -33,23 +33,28 @@ def load_flax(module, tree):
         layer.bias.data = torch.as_tensor(tree[f"Dense_{i}/bias"])
 
 
-@pytest.fixture
-def networks(script):
-    """Policy, value, critic and target critic with the golden weights."""
+def golden_networks(script):
+    """Policy, value, critic and target networks with the golden weights."""
     params = np.load(ROOT / "tests" / "golden" / "edp_params.npz")
 
     def tree(prefix):
         return {name.removeprefix(prefix): params[name] for name in params.files if name.startswith(prefix)}
 
-    policy, value = script.Policy(11, 3), script.MLP(11, 1)
-    critic, critic_target = script.Critic(11, 3), script.Critic(11, 3)
-    load_flax(policy.net, tree("params/policy/params/base_net/"))
-    load_flax(policy.time_mlp, tree("params/policy/params/base_net/TimeEmbedding_0/"))
-    load_flax(value, tree("params/vf/params/"))
-    for name, module in (("params", critic), ("target", critic_target)):
-        load_flax(module.q1, tree(f"{name}/qf1/params/"))
-        load_flax(module.q2, tree(f"{name}/qf2/params/"))
-    return policy, value, critic, critic_target
+    networks = {"policy": script.Policy(11, 3), "value": script.MLP(11, 1), "critic": script.Critic(11, 3)}
+    networks |= {"policy_target": script.Policy(11, 3), "critic_target": script.Critic(11, 3)}
+    load_flax(networks["value"], tree("params/vf/params/"))
+    for group, suffix in (("params", ""), ("target", "_target")):
+        policy, critic = networks[f"policy{suffix}"], networks[f"critic{suffix}"]
+        load_flax(policy.net, tree(f"{group}/policy/params/base_net/"))
+        load_flax(policy.time_mlp, tree(f"{group}/policy/params/base_net/TimeEmbedding_0/"))
+        load_flax(critic.q1, tree(f"{group}/qf1/params/"))
+        load_flax(critic.q2, tree(f"{group}/qf2/params/"))
+    return networks
+
+
+@pytest.fixture
+def networks(script):
+    return golden_networks(script)
 
 
 def make_columns(rows=600, obs_dim=11, act_dim=3, seed=0):

@@ -30,12 +30,39 @@ MUTANTS = {  # name: (script, original, mutant)
     "no mask in the target": ("edp_iql.py", "r + gamma * mask * next_v", "r + gamma * next_v"),
     "sum for mean in the diffusion loss": (
         "edp_iql.py",
-        "return error.mean(), guidance",
-        "return error.sum(), guidance",
+        "diffusion_loss = error.mean()",
+        "diffusion_loss = error.sum()",
     ),
     "step off by one in the solver": ("edp_iql.py", "table(K * t - 1)", "table(K * t)"),
     "selection by exp(-Q)": ("edp_iql.py", "q.softmax(dim=1)", "(-q).softmax(dim=1)"),
     "sine before cosine": ("edp_iql.py", "[angles.cos(), angles.sin()]", "[angles.sin(), angles.cos()]"),
+    "CRR: advantage against a_hat^0 alone": ("edp_crr.py", "(a_hat_0 + z)", "(a_hat_0 + 0 * z)"),
+    "CRR: sign of the advantage": ("edp_crr.py", "(advantage / temperature)", "(-advantage / temperature)"),
+    "CRR: no cap": ("edp_crr.py", ".exp().clamp(max=cap)", ".exp()"),
+    "CRR: max for mean": ("edp_crr.py", 'if baseline == "mean"', 'if baseline == "max"'),
+    "CRR: target from the policy itself": ("edp_crr.py", "sample(policy_target,", "sample(policy,"),
+    "CRR: policy target at once": ("edp_crr.py", "step >= args.policy_target_start and ", ""),
+    "TD3: gradient through lambda": ("edp_td3.py", "q.detach().abs()", "q.abs()"),
+    "TD3: lambda eta mean|Q|": ("edp_td3.py", "-eta / q", "-eta * q"),
+    "TD3: the other critic": ("edp_td3.py", "torch.where(first_critic, q1, q2)", "torch.where(first_critic, q2, q1)"),
+    "TD3: best for k-th best": ("edp_td3.py", "values[:, -1]", "values[:, 0]"),
+    "TD3: max for min in the backup": (
+        "edp_td3.py",
+        "torch.minimum(*(q.topk(",
+        "torch.maximum(*(q.topk(",
+    ),
+    "TD3: target from the critic itself": (
+        "edp_td3.py",
+        "next_v = critic_target.min(",
+        "next_v = critic.min(",
+    ),
+    "Diffusion-QL: only the last step": (
+        "edp_td3.py",
+        "a0 = self.approximate_action(a, k, policy(s, a, k))\n            a =",
+        "a0 = self.approximate_action(a, k, policy(s, a.detach(), k)).detach() if k else "
+        "self.approximate_action(a, k, policy(s, a, k))\n            a =",
+    ),
+    "vp: beta at the step's end": ("edp_td3.py", "(2 * np.arange(K) + 1)", "(2 * np.arange(K) + 2)"),
 }
 
 
@@ -48,9 +75,9 @@ def survives(script: str, original: str, mutant: str) -> bool:
     if "v, next_v = value(torch.cat([s, next_s])).detach()" in mutant:  # and drop the right one
         mutated = mutated.replace("            v, next_v = value(torch.cat([s, next_s]))[:, 0].chunk(2)\n", "")
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("tests", "pyproject.toml"):
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            copy(ROOT / name, Path(folder) / name)
+        shutil.copytree(ROOT / "tests", Path(folder) / "tests")
+        for path in (ROOT / "pyproject.toml", *ROOT.glob("*.py")):
+            shutil.copy(path, folder)
         (Path(folder) / script).write_text(mutated)
         command = [sys.executable, "-m", "pytest", "-qx", "tests/test_edp_math.py", "tests/test_edp_golden.py"]
         return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0

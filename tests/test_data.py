@@ -82,15 +82,18 @@ def test_transforms(script):
     columns = {**make_columns(rows=6), "terminals": np.array([0, 1, 0, 0, 0, 0], bool)}
     columns["rewards"] = np.array([1, 2, 3, 4, 5, 6], np.float32)
     columns["timeouts"] = np.array([0, 0, 0, 1, 0, 0], bool)  # returns 3, 7 and, unfinished, 11
-    expected = {"none": 1.0, "return-range": 1000 / 8, "minus-one": 0.0, "min-max": -1.0}
+    expected = {"none": 1.0, "return-range": 1000 / 8, "minus-one": 0.0, "times-four": 2.0, "min-max": -1.0}
     for name, first in expected.items():
         rows, transform = script.make_transitions(columns, args_of(script, reward_transform=name))
         assert rows[0, 25] == pytest.approx(first)
         np.testing.assert_allclose(rows[:, 25], transform.reward(columns["rewards"][[0, 1, 2, 4]]), rtol=1e-6)
-    rows, transform = script.make_transitions(columns, args_of(script, normalize_observations=True))
-    seen = transform.obs(columns["observations"])
-    assert abs(seen.mean()) < 1e-5 and abs(seen.std() - 1) < 1e-5
-    np.testing.assert_allclose(rows[:, :11], seen[[0, 1, 2, 4]], rtol=1e-4, atol=1e-5)
+    columns["observations"] *= np.arange(1, 12, dtype=np.float32)
+    for kind, axis in (("scalar", None), ("per-dimension", 0)):
+        rows, transform = script.make_transitions(columns, args_of(script, observation_transform=kind))
+        seen = transform.obs(columns["observations"])
+        np.testing.assert_allclose(seen.mean(axis), 0, atol=1e-5)
+        np.testing.assert_allclose(seen.std(axis), 1, rtol=1e-5)
+        np.testing.assert_allclose(rows[:, :11], seen[[0, 1, 2, 4]], rtol=1e-4, atol=1e-5)
 
 
 BAD_FILES = {

@@ -5,9 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import golden_networks
 from torch.testing import assert_close
 
+import edp_crr
 import edp_iql
+import edp_td3
 
 CPU = torch.device("cpu")
 
@@ -48,7 +51,7 @@ def test_schedule(script, golden, K):
 
 
 def test_time_embedding(script, golden, networks):
-    policy = networks[0]
+    policy = networks["policy"]
     for steps, expected in (("embed/t", "embed/sinusoidal_dim16"), ("embed/t_frac", "embed/sinusoidal_dim16_frac")):
         angles = T(golden[steps]).float()[:, None] * policy.frequencies
         # angles reach 999 radians: float32 leaves 6e-5 of absolute error
@@ -80,10 +83,8 @@ def test_solver_updates(dpm, golden, index):
     assert_close(dpm.dpm_solver_step(lambda _, j: eps[j], before, start, order), x[index], rtol=1e-4, atol=1e-4)
 
 
-def test_samples(script, dpm, golden, networks, batch):
-    """DPM-Solver with the official noise clip (schedule at truncated steps) and with ours (at the exact time)."""
-    policy, s = networks[0], batch["observations"]
-    x_T, expected = T(golden["dpm1000/in/x_T"]), T(golden["dpm1000/dpm_sample"])
+def official(script, golden):
+    """DPM-Solver with the official noise clip, the schedule at truncated steps; ours is at the exact time."""
 
     class Official(script.Diffusion):
         def clip_noise(self, epsilon, x, i):
@@ -91,25 +92,29 @@ def test_samples(script, dpm, golden, networks, batch):
             a, b = self.sqrt_alpha_bar[k], self.sqrt_one_minus_alpha_bar[k]
             return (x - a * ((x - b * epsilon) / a).clamp(-1, 1)) / b
 
+    return Official(1000, "dpm-solver", 15, 3, CPU)
+
+
+def test_samples(script, dpm, golden, networks, batch):
+    policy, s = networks["policy"], batch["observations"]
+    x_T, expected = T(golden["dpm1000/in/x_T"]), T(golden["dpm1000/dpm_sample"])
     with torch.no_grad():
-        official = Official(1000, "dpm-solver", 15, 3, CPU).dpm_solver(policy, s, x_T)
-        ours = dpm.dpm_solver(policy, s, x_T)
-    assert (official - expected).abs().max() < 1e-4
-    assert 1e-4 < (ours - expected).abs().max() < 2e-2
+        assert (official(script, golden).dpm_solver(policy, s, x_T) - expected).abs().max() < 1e-4
+        assert 1e-4 < (dpm.dpm_solver(policy, s, x_T) - expected).abs().max() < 2e-2
 
 
 def test_ddim_and_ddpm_samples(script, golden, networks, batch):
-    policy, s = networks[0], batch["observations"]
+    policy, s = networks["policy"], batch["observations"]
     with torch.no_grad():
         d = script.Diffusion(100, "ddim", 100, 3, CPU)
         near(d.ddim(policy, s, T(golden["ddpm100/in/x_T"])), golden["ddpm100/ddim_sample"], rtol=1e-3)
         noise = [T(golden["ddpm100/in/x_T"]), *T(golden["ddpm100/in/step_noise"])]
-        near(d.ddpm(policy, s, noise), golden["ddpm100/ddpm_sample"], rtol=1e-3)
+        near(d.ddpm(policy, s, torch.stack(noise)), golden["ddpm100/ddpm_sample"], rtol=1e-3)
 
 
 def test_action_selection(script, golden, networks, batch):
     """Q of the official candidates, and the probability of each."""
-    critic = networks[2]
+    critic = networks["critic"]
     actions = T(golden["dpm1000/eas_actions"])
     s = batch["observations"][: len(actions)].repeat_interleave(50, 0)
     with torch.no_grad():
@@ -118,50 +123,131 @@ def test_action_selection(script, golden, networks, batch):
     near(q.softmax(1), golden["dpm1000/eas_prob"])
 
 
-@pytest.mark.parametrize(
-    "config, variant, flags",
-    [
-        ("dpm1000", "iql", {}),
-        ("ddpm100", "iql", {"diffusion_steps": 100}),
-        ("dpm1000", "iql_expectile09", {"expectile": 0.9, "inverse_temperature": 10.0}),
-    ],
-)
-def test_iql_update(golden, networks, batch, config, variant, flags):
-    """A whole update: V moves first, policy and critics use the new V, each network is clipped on its own."""
-    g = {
-        n.removeprefix(f"{config}/{variant}/"): golden[n] for n in golden.files if n.startswith(f"{config}/{variant}/")
-    }
-    args = edp_iql.Args(max_grad_norm=float(golden["meta/max_grad_norm"]), **flags)
-    diffusion = edp_iql.Diffusion(args.diffusion_steps, "ddpm", 15, 3, CPU)
-    names = ("policy", "value", "critic", "critic_target")
-    update, _ = edp_iql.make_update(args, diffusion, dict(zip(names, networks, strict=True)))
-    s, a, next_s = batch["observations"], batch["actions"], batch["next_observations"]
-    k, epsilon = T(golden[f"{config}/in/ts"]), T(golden[f"{config}/in/noise"])
-    metrics = update(s, a, next_s, batch["rewards"], 1 - batch["dones"], k, epsilon)
+def values(golden, prefix):
+    return {name.removeprefix(prefix): golden[name] for name in golden.files if name.startswith(prefix)}
 
+
+def run_update(script, golden, batch, config, chance, **flags):
+    """One update from the golden weights: its metrics, and the networks after it."""
+    K, sampler = (1000, "dpm-solver") if config == "dpm1000" else (100, "ddpm")
+    args = script.Args(max_grad_norm=float(golden["meta/max_grad_norm"]), diffusion_steps=K, sampler=sampler, **flags)
+    diffusion = official(script, golden) if K == 1000 else script.Diffusion(K, sampler, 15, 3, CPU)
+    networks, every = script.make_networks(11, 3, CPU), golden_networks(script)
+    networks = {name: every[name] for name in networks}
+    update, _ = script.make_update(args, diffusion, networks)
+    transition = [batch[name] for name in ("observations", "actions", "next_observations", "rewards")]
+    k, epsilon = T(golden[f"{config}/in/ts"]), T(golden[f"{config}/in/noise"])
+    return update(*transition, 1 - batch["dones"], k=k, epsilon=epsilon, **chance), networks
+
+
+def near_critics_and_norms(metrics, networks, g):
+    """Loss and gradient norm of each critic, gradient norm of the policy; 9, the clip, was never reached."""
+    for i, q in enumerate((networks["critic"].q1, networks["critic"].q2), start=1):
+        near(metrics[f"losses/qf{i}_loss"], g[f"metric/qf{i}_loss"])
+        near(gradient_norm(q), g[f"metric/qf{i}_grad_norm"], rtol=1e-3)
+    near(metrics["losses/diffusion_loss"], g["metric/diff_loss"])
+    near(gradient_norm(networks["policy"]), g["metric/policy_grad_norm"], rtol=1e-3)
+
+
+def gradient_norm(module):
+    return torch.cat([p.grad.flatten() for p in module.parameters()]).norm()
+
+
+# The official regression is the whole negative log-likelihood of a unit Gaussian; the constant has no gradient.
+CONSTANT = 0.5 * math.log(2 * math.pi) * 3
+
+
+@pytest.mark.parametrize("config, variant, flags", [
+    ("dpm1000", "iql", {}), ("ddpm100", "iql", {}),
+    ("dpm1000", "iql_expectile09", {"expectile": 0.9, "inverse_temperature": 10.0}),
+])  # fmt: skip
+def test_iql_update(golden, batch, config, variant, flags):
+    """A whole update: V moves first, policy and critics use the new V, each network is clipped on its own."""
+    g = values(golden, f"{config}/{variant}/")
+    metrics, networks = run_update(edp_iql, golden, batch, config, {}, **flags)
     near(metrics["losses/value_loss"], g["metric/vf_loss"])
     near(metrics["losses/v_mean"], g["policy/v_pred"].mean())
     near(metrics["losses/weight_mean"], g["policy/exp_a"].mean(), rtol=1e-3)
-    near(metrics["losses/diffusion_loss"], g["metric/diff_loss"])
-    # the official guidance is the whole negative log-likelihood of a unit Gaussian; the constant has no gradient
-    constant = 0.5 * math.log(2 * math.pi) * a.shape[1] * g["policy/exp_a"].mean()
-    near(metrics["losses/guidance_loss"] + constant, g["metric/guide_loss"])
-    for i in (1, 2):
-        near(metrics[f"losses/qf{i}_loss"], g[f"metric/qf{i}_loss"])
-    # gradients are left clipped: 9 was never reached
-    for vector, norm in zip(
-        (*networks[:2], networks[2].q1, networks[2].q2),
-        ("policy_grad_norm", "vf_grad", "qf1_grad_norm", "qf2_grad_norm"),
-        strict=True,
-    ):
-        gradient = torch.cat([p.grad.flatten() for p in vector.parameters()])
-        near(gradient.norm(), g[f"metric/{norm}"], rtol=1e-3)
-    near(networks[1](s)[:, 0], g["policy/v_pred"], rtol=1e-3)
+    near(metrics["losses/guidance_loss"] + CONSTANT * g["policy/exp_a"].mean(), g["metric/guide_loss"])
+    near_critics_and_norms(metrics, networks, g)
+    near(gradient_norm(networks["value"]), g["metric/vf_grad"], rtol=1e-3)
+    near(networks["value"](batch["observations"])[:, 0], g["policy/v_pred"], rtol=1e-3)
+
+
+def sampler_noise(golden, config):
+    """a^K, and for DDPM the noise of each step."""
+    x_T, steps = T(golden[f"{config}/in/x_T"]), T(golden[f"{config}/in/step_noise"])
+    return torch.cat([x_T[None], steps])
+
+
+@pytest.mark.parametrize("config", ["dpm1000", "ddpm100"])
+@pytest.mark.parametrize("variant, flags", [
+    ("crr", {}), ("crr_heaviside", {"weight": "binary"}), ("crr_max", {"advantage_baseline": "max"}),
+])  # fmt: skip
+def test_crr_update(golden, batch, config, variant, flags):
+    """A whole update: targets from a whole sample of the target policy, weights from the critics before their step."""
+    if not (g := values(golden, f"{config}/{variant}/")):
+        pytest.skip("computed for the other sampler only")
+    chance = {"noise": sampler_noise(golden, config), "z": T(golden[f"{config}/in/crr_normals"])}
+    metrics, networks = run_update(edp_crr, golden, batch, config, chance | {"policy_tau": torch.tensor(0.0)}, **flags)
+    near(metrics["losses/advantage_mean"], g["policy/adv"].mean(), rtol=1e-3)
+    near(metrics["losses/weight_mean"], g["policy/lmbda"].mean())
+    near(metrics["losses/guidance_loss"] + CONSTANT * g["policy/lmbda"].mean(), g["metric/guide_loss"])
+    near_critics_and_norms(metrics, networks, g)
+
+
+@pytest.mark.parametrize("baseline, variant", [("mean", "crr"), ("max", "crr_max")])
+def test_crr_advantage_and_weight(golden, networks, batch, baseline, variant):
+    g, s, a = values(golden, f"dpm1000/{variant}/policy/"), batch["observations"], batch["actions"]
+    z = T(golden["dpm1000/in/crr_normals"])
+    with torch.no_grad():
+        advantage = edp_crr.crr_advantage(networks["critic"], s, a, T(g["terms/pred_astart"]), z, baseline)
+    near(advantage, g["adv"])
+    near(edp_crr.crr_weight(advantage, "exp", 1.0, 20.0), g["lmbda"])
+
+
+@pytest.mark.parametrize("config", ["dpm1000", "ddpm100"])
+@pytest.mark.parametrize("first", [True, False])
+def test_td3_update(golden, batch, config, first):
+    """A whole update, with either critic in the policy's objective and in lambda."""
+    g = values(golden, f"{config}/td3_qf{1 if first else 2}/")
+    noise = sampler_noise(golden, config)
+    chance = {"noise": noise, "next_noise": noise, "first_critic": torch.tensor(first)}
+    metrics, networks = run_update(edp_td3, golden, batch, config, chance | {"policy_tau": torch.tensor(0.0)})
+    near(metrics["losses/guidance_loss"], g["metric/guide_loss"])
+    near(metrics["losses/policy_loss"], g["metric/policy_loss"])
+    near(metrics["losses/q_mean"], g["metric/cur_q1"])
+    near_critics_and_norms(metrics, networks, g)
+
+
+def test_td3_lambda(golden, networks, batch):
+    g, s = values(golden, "dpm1000/td3_qf1/policy/"), batch["observations"]
+    q = networks["critic"](s, T(g["pred_astart"]))[0]
+    near(-edp_td3.q_loss(q, 2.0) / q.mean(), g["lmbda"])
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_max_q_backup(golden, networks, batch, top_k):
+    s = batch["next_observations"].repeat_interleave(10, 0)
+    with torch.no_grad():
+        a = official(edp_td3, golden).dpm_solver(
+            networks["policy_target"], s, T(golden["dpm1000/in/max_q_x_T"]).flatten(0, 1)
+        )
+        q1, q2 = (q.view(-1, 10) for q in networks["critic_target"](s, a.clamp(-1, 1)))
+    target = batch["rewards"] + 0.99 * (1 - batch["dones"]) * edp_td3.max_q_backup(q1, q2, top_k)
+    near(target, golden[f"dpm1000/max_q_topk{top_k}/tgt_q"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("K", [5, 100])
+def test_vp_schedule(script, golden, K):
+    d = script.Diffusion(K, "ddpm", 15, 3, CPU, "vp")
+    near(d.sqrt_alpha_bar, golden[f"schedule/vp{K}/sqrt_alphas_cumprod"])
+    near(d.posterior_a0, golden[f"schedule/vp{K}/posterior_mean_coef1"], rtol=5e-4)
 
 
 @pytest.mark.parametrize("config", ["dpm1000", "ddpm100"])
 def test_action_approximation(script, golden, networks, batch, config):
-    d, policy = script.Diffusion(int(config.strip("dpm")), "ddpm", 15, 3, CPU), networks[0]
+    d, policy = script.Diffusion(int(config.strip("dpm")), "ddpm", 15, 3, CPU), networks["policy"]
     k, epsilon = T(golden[f"{config}/in/ts"]), T(golden[f"{config}/in/noise"])
     a_k = d.forward_noising(batch["actions"], k, epsilon)
     near(a_k, golden[f"{config}/iql/policy/terms/x_t"])
@@ -169,12 +255,20 @@ def test_action_approximation(script, golden, networks, batch, config):
     near(a_hat_0, golden[f"{config}/iql/policy/pred_astart"], rtol=1e-3)
 
 
-def test_elbo_terms(golden, networks, batch):
+def test_elbo_terms(script, golden, networks, batch):
     """Per-sample ELBO terms of the official CRR step, up to its weight's shift by one step."""
-    d, policy = edp_iql.Diffusion(1000, "ddpm", 15, 3, CPU), networks[0]
-    k, epsilon = T(golden["dpm1000/in/ts"]), T(golden["dpm1000/in/noise"])
+    if not hasattr(script, "weighted_regression"):
+        pytest.skip("no weighted regression")
+    d = script.Diffusion(1000, "ddpm", 15, 3, CPU)
+    s, a, k, epsilon = (
+        batch["observations"],
+        batch["actions"],
+        T(golden["dpm1000/in/ts"]),
+        T(golden["dpm1000/in/noise"]),
+    )
     weights, mse = T(golden["dpm1000/crr_elbo/policy/terms/ts_weights"]), T(golden["dpm1000/crr_elbo/policy/terms/mse"])
     f = torch.rand(32, generator=torch.Generator().manual_seed(0)) * weights / d.elbo_weight[k]
-    _, guidance = edp_iql.policy_losses(d, policy, batch["observations"], batch["actions"], k, epsilon, f, "elbo")
+    error, a_hat_0 = script.reconstruct(d, networks["policy"], s, a, k, epsilon)
+    guidance = script.weighted_regression(d, error, a, a_hat_0, k, f, "elbo")
     expected = (f * d.elbo_weight[k] * mse * 3).mean()  # theirs is the mean over the 3 dimensions, the paper's the sum
     near(guidance, expected.detach())

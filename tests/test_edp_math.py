@@ -7,6 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import edp_crr
+import edp_iql
+import edp_td3
+
 CPU = torch.device("cpu")
 
 
@@ -97,7 +101,8 @@ def test_samplers_reproduce_gaussian_data(script, sampler, steps, order):
     """Mean and standard deviation, with enough steps: the default 15 calls leave this standard deviation at 0.25."""
     d = script.Diffusion(1000, sampler, steps, order, CPU)
     with torch.no_grad():
-        a = d.sample(GaussianPolicy(d), torch.zeros(20_000, 1), torch.Generator().manual_seed(0))
+        noise = torch.randn(d.draws, 20_000, 1, generator=torch.Generator().manual_seed(0))
+        a = d.sample(GaussianPolicy(d), torch.zeros(20_000, 1), noise)
     assert abs(a.mean() - MEAN) < 0.01
     assert abs(a.std() - STD) < 0.01
 
@@ -143,8 +148,6 @@ def test_solver_ends_at_the_first_discrete_step(script):
 
 def test_value_loss_is_minimal_at_the_expectile():
     """Q in {0, 1}, each half of the time: the expectile tau is at v = tau."""
-    import edp_iql
-
     q = torch.tensor([0.0, 1.0])
     for tau in (0.5, 0.7, 0.9):
         v = torch.tensor(tau, requires_grad=True)
@@ -153,36 +156,88 @@ def test_value_loss_is_minimal_at_the_expectile():
 
 
 def test_iql_weight():
-    import edp_iql
-
     q, v = torch.tensor([1.0, 0.0, 9.0]), torch.tensor([0.0, 1.0, 0.0])
     assert_close(edp_iql.iql_weight(q, v, 3.0, 100.0), torch.tensor([math.exp(3), math.exp(-3), 100.0]))
     assert_close(edp_iql.iql_weight(q, v, 0.0, 100.0), torch.ones(3))
 
 
-def test_critic_losses():
-    import edp_iql
+@pytest.mark.parametrize("baseline, expected", [("mean", 1.0), ("max", -3.0)])
+def test_crr_advantage(baseline, expected):
+    """Q(s, a) = 2 a (min of 2 a and 2 a + 1): a = 1 against a' in {-1, 0, 2.5}."""
 
+    class Linear(edp_crr.Critic):
+        def forward(self, s, a):
+            return 2 * a[:, 0] + 1, 2 * a[:, 0]
+
+    s, a, a_hat_0 = torch.zeros(4, 2), torch.ones(4, 1), torch.full((4, 1), 0.5)
+    z = torch.tensor([-1.5, -0.5, 2.0])[:, None, None].expand(3, 4, 1)
+    assert_close(edp_crr.crr_advantage(Linear(2, 1), s, a, a_hat_0, z, baseline), torch.full((4,), expected))
+
+
+def test_crr_weight():
+    advantage = torch.tensor([1.0, -1.0, 9.0, 0.0])
+    assert_close(edp_crr.crr_weight(advantage, "exp", 0.5, 20.0), torch.tensor([math.exp(2), math.exp(-2), 20.0, 1.0]))
+    assert edp_crr.crr_weight(advantage, "binary", 0.5, 20.0).tolist() == [1, 0, 1, 0]
+
+
+def test_q_loss():
+    """-eta mean(Q) / mean|Q|, and no gradient through the scale."""
+    q = torch.tensor([1.0, -3.0], requires_grad=True)
+    loss = edp_td3.q_loss(q, eta=2.0)
+    assert_close(loss, torch.tensor(1.0))
+    loss.backward()
+    assert_close(q.grad, torch.tensor([-0.5, -0.5]))
+
+
+def test_max_q_backup():
+    q1, q2 = torch.tensor([[1.0, 5.0, 3.0]]), torch.tensor([[4.0, 0.0, 2.0]])
+    assert edp_td3.max_q_backup(q1, q2, 1).tolist() == [4]
+    assert edp_td3.max_q_backup(q1, q2, 2).tolist() == [2]
+
+
+def test_diffusion_ql_differentiates_the_whole_chain():
+    """d Q(a) / d theta through every step, by finite differences; with action approximation through one."""
+    d = edp_td3.Diffusion(5, "ddpm", 5, 3, CPU, "vp")
+    noise, s = torch.randn(6, 8, 1, dtype=torch.float64) / 10, torch.zeros(8, 1, dtype=torch.float64)
+    theta = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def sample(theta):
+        return d.sample(lambda s, a, k: theta * a + 0.1 * theta, s, noise)
+
+    assert (sample(theta).abs() < 1).all()  # where the clip has a gradient
+    assert torch.autograd.gradcheck(lambda theta: sample(theta).sum(), theta)
+
+
+@pytest.mark.parametrize("name", ["edp_td3", "edp_crr"])
+def test_policy_target_moves_every_fifth_update(name):
+    module = {"edp_td3": edp_td3, "edp_crr": edp_crr}[name]
+    args, d = module.Args(policy_target_start=10), module.Diffusion(100, "ddim", 15, 3, CPU)
+    moves = [step for step in range(22) if module.draw(args, d, 3, CPU, step)["policy_tau"] > 0]
+    assert moves == [10, 15, 20]
+
+
+def test_critic_losses(script):
     r, mask, next_v = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]), torch.tensor([10.0, 10.0])
     target = torch.tensor([1 + 0.5 * 10, 2.0])
-    losses = edp_iql.critic_losses(target + 1, target - 2, r, mask, next_v, gamma=0.5)
+    losses = script.critic_losses(target + 1, target - 2, r, mask, next_v, gamma=0.5)
     assert_close(torch.stack(losses), torch.tensor([1.0, 4.0]))
 
 
 @pytest.mark.parametrize("likelihood", ["mse", "elbo"])
-def test_policy_losses(script, likelihood):
-    """Against the formulas, for a policy that always predicts the same noise."""
-    import edp_iql
-
-    d = edp_iql.Diffusion(100, "ddpm", 15, 3, CPU)
+def test_reconstruction_and_weighted_regression(script, likelihood):
+    """Against the formulas, for a policy that always predicts no noise."""
+    d = script.Diffusion(100, "ddpm", 15, 3, CPU)
     s, a, epsilon = torch.zeros(4, 1), torch.rand(4, 2) - 0.5, torch.randn(4, 2) / 10
     k, f = torch.tensor([3, 20, 40, 60]), torch.tensor([0.0, 1.0, 2.0, 3.0])
-    diffusion_loss, guidance = edp_iql.policy_losses(d, lambda s, a, k: 0 * a, s, a, k, epsilon, f, likelihood)
-    assert_close(diffusion_loss, (epsilon**2).mean())
+    error, a_hat_0 = script.reconstruct(d, lambda s, a, k: 0 * a, s, a, k, epsilon)
+    assert_close(error, epsilon**2)
     alpha_bar = torch.as_tensor(linear_alpha_bar(100), dtype=torch.float32)[k]
+    assert_close(a_hat_0, (a + (1 / alpha_bar - 1).sqrt()[:, None] * epsilon).clamp(-1, 1))
+    if not hasattr(script, "weighted_regression"):
+        return
+    guidance = script.weighted_regression(d, error, a, a_hat_0, k, f, likelihood)
     if likelihood == "mse":
-        a_hat = (a + (1 / alpha_bar - 1).sqrt()[:, None] * epsilon).clamp(-1, 1)
-        expected = (f * ((a - a_hat) ** 2).sum(1) / 2).mean()
+        expected = (f * ((a - a_hat_0) ** 2).sum(1) / 2).mean()
     else:
         expected = (f * d.elbo_weight[k] * (epsilon**2).sum(1)).mean()
     assert_close(guidance, expected)
@@ -193,7 +248,7 @@ def test_action_selection_frequencies(script):
     offers, energies = torch.tensor([-0.5, 0.0, 0.5]), torch.tensor([0.0, 1.0, 2.0])
 
     class Offers(script.Diffusion):
-        def sample(self, policy, s, generator=None):
+        def sample(self, policy, s, noise):
             return offers.repeat(len(s) // 3)[:, None]
 
     class Energies(script.Critic):
@@ -201,7 +256,7 @@ def test_action_selection_frequencies(script):
             q = energies[(2 * a[:, 0] + 1).round().long()]
             return q, q + 1
 
-    args = (Offers(100, "ddpm", 15, 3, CPU), None, Energies(1, 1))
+    args = (Offers(100, "ddim", 15, 3, CPU), script.Policy(1, 1), Energies(1, 1))
     chosen = script.select_actions(*args, torch.zeros(30_000, 1), 3, torch.Generator().manual_seed(0))
     frequencies = torch.stack([(chosen == offer).float().mean() for offer in offers])
     assert_close(frequencies, energies.softmax(0), atol=0.01, rtol=0)

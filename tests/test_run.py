@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+import typing
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -69,17 +71,49 @@ def test_run_files(run, script, tmp_path):
     assert result["return"]["best"] >= result["return"]["mean_of_last_10"]
     assert list(folder.glob("events.out.tfevents.*"))
     transform = script.load_checkpoint(str(folder))["transform"]
-    assert len(transform) == 4 and transform[3] > 1  # return-range
+    assert len(transform) == 4 and (transform[3] > 1) == (script.__name__ == "edp_iql")  # return-range
 
 
-@pytest.mark.parametrize("flags", [
+BRANCHES = [
     "--sampler ddpm", "--sampler ddim", "--solver-order 1", "--solver-order 2", "--likelihood elbo",
-    "--max-grad-norm 0", "--normalize-observations --reward-transform min-max", "--reward-transform none",
-    "--reward-transform minus-one --expectile 0.9", "--inverse-temperature 0 --eval-candidates 1",
-    "--diffusion-coef 0", "--guidance-coef 0", "--num-threads 2",
+    "--max-grad-norm 0", "--observation-transform scalar --reward-transform min-max", "--reward-transform none",
+    "--observation-transform per-dimension --reward-transform times-four", "--beta-schedule vp --sampler ddpm",
+    "--reward-transform minus-one", "--reward-transform return-range",
+    "--expectile 0.9", "--inverse-temperature 0 --eval-candidates 1",
+    "--diffusion-coef 0", "--guidance-coef 0", "--num-threads 2", "--weight binary", "--advantage-baseline max",
+    "--policy-target-start 0 --policy-target-every 2", "--max-q-backup --max-q-candidates 3 --max-q-top-k 2",
+    "--no-action-approximation --sampler ddpm --beta-schedule vp --diffusion-steps 5", "--no-action-approximation",
+]  # fmt: skip
+
+
+def has(script, flag):
+    """Whether the script has this flag: the siblings share the tests, not every argument."""
+    name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+    return name in {field.name for field in script.dataclasses.fields(script.Args)}
+
+
+@pytest.mark.parametrize("name, flags", [
+    (name, flags) for name in SCRIPTS for flags in BRANCHES if has(importlib.import_module(name), flags.split()[0])
 ])  # fmt: skip
-def test_every_branch(run, flags):
-    assert run(*flags.split())["return"] is not None
+def test_every_branch(name, flags, hopper_file, tmp_path):
+    script, data = importlib.import_module(name), ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file)]
+    argv = [*FAST.split(), *data, "--runs-dir", str(tmp_path / "runs"), *flags.split()]
+    assert script.main(script.parse_args(argv))["return"] is not None
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_choice_is_a_branch(name):
+    """Each value of each Literal, and each switch, is reached above or in a test of its own."""
+    elsewhere = {"--compile", "--wandb-mode", "--track", "--capture-video"}
+    script, flags = importlib.import_module(name), " ".join(BRANCHES) + " "
+    for field in script.dataclasses.fields(script.Args):
+        flag, choices = f"--{field.name.replace('_', '-')}", typing.get_args(field.type)
+        if flag in elsewhere:
+            continue
+        if typing.get_origin(field.type) is Literal:
+            assert all(choice == field.default or f"{flag} {choice} " in flags for choice in choices), flag
+        elif field.type is bool:
+            assert f"--{'no-' if field.default else ''}{flag[2:]} " in flags, flag
 
 
 def test_compiled_update_agrees_with_eager(run, script):
@@ -135,7 +169,11 @@ def test_presets(script):
     assert script.parse_args(["--env-id", "hopper-medium-replay-v2"]).max_grad_norm == 4.0
     assert script.parse_args(["--env-id", "hopper-medium-replay-v2", "--max-grad-norm", "5"]).max_grad_norm == 5.0
     assert script.parse_args(["--env-id", "ant-medium-v2"]).max_grad_norm == 5.0  # default: not in the official table
-    assert script.parse_args(["--env-id", "antmaze-large-diverse-v0"]).expectile == 0.9
+    antmaze = script.parse_args(["--env-id", "antmaze-large-diverse-v0"])
+    if script.__name__ == "edp_iql":
+        assert antmaze.expectile == 0.9 and antmaze.reward_transform == "minus-one"
+    else:
+        assert antmaze.reward_transform == "times-four"
     assert script.parse_args([]).num_updates < 100_000
     fields = {field.name for field in script.dataclasses.fields(script.Args)}
     assert all(set(preset) <= fields for preset in script.PRESETS.values())
@@ -299,14 +337,24 @@ def test_signals(name, signum, code, tmp_path, hopper_file):
 
 
 # ------------------------------------------------------------------------------------------------------ command line
-@pytest.mark.parametrize("flags, message", [
-    ("--num-updates 0", "--num-updates"), ("--batch-size -1", "--batch-size"), ("--lr nan", "--lr"),
-    ("--gamma 1.5", "--gamma"), ("--expectile -0.1", "--expectile"), ("--diffusion-steps 20", "--diffusion-steps"),
-    ("--sampler-steps 31", "--sampler-steps"), ("--device nonsense", "--device"), ("--device cuda:77", "--device"),
-    ("--seed -1", "--seed"), ("--runs-dir /dev/null/x", "--runs-dir"),
+BAD = {
+    "--num-updates": 0, "--batch-size": -1, "--lr": "nan", "--gamma": 1.5, "--expectile": -0.1, "--diffusion-steps": 20,
+    "--sampler-steps": 31, "--device": "nonsense", "--seed": -1, "--runs-dir": "/dev/null/x", "--temperature": 0,
+    "--advantage-samples": 0, "--max-q-top-k": 11, "--eta": "inf", "--policy-target-every": 0, "--weight-cap": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, flag", [
+    (name, flag) for name in SCRIPTS for flag in BAD if has(importlib.import_module(name), flag)
 ])  # fmt: skip
-def test_bad_arguments(run, capsys, flags, message):
-    assert message in error_of(capsys, lambda: run(*flags.split()))
+def test_bad_arguments(name, flag, hopper_file, capsys):
+    script, data = importlib.import_module(name), ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file)]
+    argv = [*FAST.split(), *data, flag, str(BAD[flag])]
+    assert flag in error_of(capsys, lambda: script.main(script.parse_args(argv)))
+
+
+def test_no_such_gpu(run, capsys):
+    assert "--device" in error_of(capsys, lambda: run("--device", "cuda:77"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

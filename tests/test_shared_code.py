@@ -1,0 +1,141 @@
+"""What the scripts share is the same to the letter, and what differs says why.
+
+python tests/test_shared_code.py prints how many lines differ between each two EDP scripts.
+"""
+
+import ast
+import difflib
+import itertools
+import re
+
+import pytest
+from conftest import ROOT, SCRIPTS
+
+EDP = ("edp_crr", "edp_iql", "edp_td3")
+REGRESSION, SAMPLED = ("edp_crr", "edp_iql"), ("edp_crr", "edp_td3")
+
+# Definition: the scripts that have it, all alike. `Args.x` is a field, with its type, default and help.
+SHARED = dict.fromkeys((
+    "CLIPS", "SPARSE", "PRESETS", "RESUMABLE", "fail", "parse_args", "D4RL", "LEVELS", "D4RL_IDS", "BUNDLED_IDS",
+    "D4RL_URLS", "Columns", "Transform", "KEYS", "read_hdf5", "check", "download_d4rl", "load_minari", "load_task",
+    "timeouts_by_limit", "make_transitions", "Mish", "MLP", "flatten", "Policy", "Critic", "Diffusion", "reconstruct",
+    "make_envs", "select_actions", "evaluate", "load_checkpoint", "describe", "Run", "main",
+    *(f"Args.{name}" for name in (
+        "exp_name", "seed", "device", "num_updates", "log_every", "save_every", "resume", "runs_dir", "track",
+        "wandb_project", "wandb_entity", "wandb_group", "wandb_mode", "env_id", "dataset_path", "reward_transform",
+        "observation_transform", "eval_every", "eval_episodes", "eval_candidates", "capture_video", "batch_size", "lr",
+        "gamma", "tau", "max_grad_norm", "diffusion_steps", "beta_schedule", "sampler", "sampler_steps",
+        "solver_order", "diffusion_coef", "num_threads", "compile",
+    )),
+), EDP)  # fmt: skip
+SHARED |= dict.fromkeys(("weighted_regression", "Args.guidance_coef", "Args.likelihood"), REGRESSION)
+SHARED |= dict.fromkeys(
+    ("LOCOMOTION", "FAMILIES", "make_networks", "Args.policy_target_start", "Args.policy_target_every"), SAMPLED
+)
+# Same name in several scripts, on purpose not the same text
+DIFFERS = {
+    "LOCOMOTION": "only IQL scales rewards by the range of returns",
+    "FAMILIES": "AntMaze's rewards, and its expectile for IQL",
+    "MINI": "TD3 has no guidance coefficient",
+    "check_args": "each algorithm's own arguments",
+    "critic_losses": "IQL's docstring names its equation",
+    "make_networks": "V for IQL, a target policy for the others",
+    "draw": "each algorithm's own random draws",
+    "make_update": "the algorithm",
+    "Args.weight_cap": "100 for IQL, 20 for CRR",
+}
+
+
+def pieces(name):
+    """{name: source} of a script's definitions, constants and arguments."""
+    source = (ROOT / f"{name}.py").read_text()
+    lines, found = source.splitlines(), {}
+
+    def text(node, end):
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        return "\n".join(lines[first - 1 : end])
+
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            for field, following in itertools.pairwise([*node.body[1:], None]):
+                if isinstance(field, ast.AnnAssign):
+                    helped = following if isinstance(following, ast.Expr) else field
+                    found[f"Args.{field.target.id}"] = text(field, helped.end_lineno)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = text(node, node.end_lineno)
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            found[target.id] = f"{found.get(target.id, '')}\n{text(node, node.end_lineno)}"
+    return found
+
+
+def problems(sources, shared, differs):
+    """What is wrong with {script: {name: source}}, in words."""
+    for name in sorted({name for pieces in sources.values() for name in pieces}):
+        holders = tuple(script for script in sources if name in sources[script])
+        texts = {sources[script][name] for script in holders}
+        if name in shared:
+            if not set(shared[name]) <= set(holders) or (name not in differs and set(shared[name]) != set(holders)):
+                yield f"{name}: listed for {shared[name]}, stands in {holders}"
+            elif len({sources[script][name] for script in shared[name]}) > 1:
+                yield f"{name}: not the same in {shared[name]}"
+        elif len(holders) > 1 and name not in differs:
+            yield f"{name}: stands in {holders} and is not listed"
+        if name in differs and len(texts) < 2:
+            yield f"{name}: is listed as different and is not"
+    everything = {name for pieces in sources.values() for name in pieces}
+    yield from (f"{name}: listed, stands nowhere" for name in (shared.keys() | differs.keys()) - everything)
+
+    def body(text):  # a copy under another name
+        tree = ast.parse(text).body[0]
+        return ast.dump(ast.Module(tree.body, [])) if isinstance(tree, ast.FunctionDef | ast.ClassDef) else None
+
+    bodies = [(body(text), name) for found in sources.values() for name, text in found.items() if "def " in text]
+    for (one, a), (other, b) in itertools.combinations(bodies, 2):
+        if one == other and one is not None and a != b:
+            yield f"{a} and {b} are copies of one another"
+
+
+def test_shared_code():
+    assert not list(problems({name: pieces(name) for name in EDP}, SHARED, DIFFERS))
+
+
+def test_the_comparison_finds_what_it_is_for():
+    def found(shared=SHARED, differs=DIFFERS, **changed):
+        sources = {name: dict(pieces(name)) for name in EDP}
+        for name, text in changed.items():
+            sources["edp_td3"][name.replace("__", ".")] = text
+        return " ".join(problems(sources, shared, differs))
+
+    assert "fail: not the same" in found(fail="def fail(): pass")
+    assert "Args.lr: not the same" in found(Args__lr="lr: float = 1.0")
+    assert "fail: stands in" in found(shared={k: v for k, v in SHARED.items() if k != "fail"})
+    assert "weighted_regression: listed for" in found(weighted_regression="def weighted_regression(): pass")
+    assert "gone: listed, stands nowhere" in found(shared={**SHARED, "gone": EDP})
+    assert "fail: is listed as different and is not" in found(differs={**DIFFERS, "fail": "why"})
+    copy = pieces("edp_iql")["evaluate"].replace("def evaluate", "def run_episodes")
+    assert "copies of one another" in found(run_episodes=copy)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_banners(name):
+    """The same sections in the same order."""
+    found = re.findall(r"(?m)^# -{20,} ?(.+)$", (ROOT / f"{name}.py").read_text())
+    assert [title.strip() for title in found] == [
+        "Args", "PRESETS", "Data", "Networks", "Diffusion", "Losses", "Update", "Evaluation", "Run files", "main",
+    ]  # fmt: skip
+
+
+def differing_lines(one, other):
+    """Lines that stand in only one of two scripts, both ways."""
+    texts = [(ROOT / f"{name}.py").read_text().splitlines() for name in (one, other)]
+    return sum(line[0] in "+-" for line in list(difflib.unified_diff(*texts, n=0))[2:])
+
+
+def test_siblings_differ_by_the_algorithm():
+    assert all(differing_lines(*pair) <= 150 for pair in itertools.combinations(EDP, 2))
+
+
+if __name__ == "__main__":
+    for pair in itertools.combinations(EDP, 2):
+        print(*pair, differing_lines(*pair))
