@@ -1,4 +1,4 @@
-"""Break the mathematics on purpose and see a test fail: python tests/mutants.py
+"""Break the mathematics on purpose and see a test fail: python tests/mutants.py [part of the mutants' names]
 
 Each mutant replaces one piece of a script's source, in a copy of the repository, and runs the mathematics tests there.
 """
@@ -37,7 +37,7 @@ MUTANTS = {  # name: (script, original, mutant)
     "selection by exp(-Q)": ("edp_iql.py", "q.softmax(dim=1)", "(-q).softmax(dim=1)"),
     "sine before cosine": ("edp_iql.py", "[angles.cos(), angles.sin()]", "[angles.sin(), angles.cos()]"),
     "CRR: advantage against a_hat^0 alone": ("edp_crr.py", "(a_hat_0 + z)", "(a_hat_0 + 0 * z)"),
-    "CRR: sign of the advantage": ("edp_crr.py", "(advantage / temperature)", "(-advantage / temperature)"),
+    "CRR: sign of the advantage": ("edp_crr.py", "return (advantage / temperature)", "return (-advantage / temperature)"),
     "CRR: no cap": ("edp_crr.py", ".exp().clamp(max=cap)", ".exp()"),
     "CRR: max for mean": ("edp_crr.py", 'if baseline == "mean"', 'if baseline == "max"'),
     "CRR: target from the policy itself": ("edp_crr.py", "sample(policy_target,", "sample(policy,"),
@@ -86,6 +86,8 @@ def survives(script: str, original: str, mutant: str) -> bool:
 def main() -> None:
     alive = 0
     for name, mutant in MUTANTS.items():
+        if " ".join(sys.argv[1:]) not in name:
+            continue
         survived = survives(*mutant)
         alive += survived
         print(f"{'SURVIVES' if survived else 'killed  '} {name}", flush=True)

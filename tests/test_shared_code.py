@@ -24,7 +24,7 @@ SHARED = dict.fromkeys((
         "exp_name", "seed", "device", "num_updates", "log_every", "save_every", "resume", "runs_dir", "track",
         "wandb_project", "wandb_entity", "wandb_group", "wandb_mode", "env_id", "dataset_path", "reward_transform",
         "observation_transform", "eval_every", "eval_episodes", "eval_candidates", "capture_video", "batch_size", "lr",
-        "gamma", "tau", "max_grad_norm", "diffusion_steps", "beta_schedule", "sampler", "sampler_steps",
+        "gamma", "tau", "max_grad_norm", "diffusion_steps", "reward_scale", "beta_schedule", "sampler", "sampler_steps",
         "solver_order", "diffusion_coef", "num_threads", "compile",
     )),
 ), EDP)  # fmt: skip
