@@ -37,7 +37,11 @@ MUTANTS = {  # name: (script, original, mutant)
     "selection by exp(-Q)": ("edp_iql.py", "q.softmax(dim=1)", "(-q).softmax(dim=1)"),
     "sine before cosine": ("edp_iql.py", "[angles.cos(), angles.sin()]", "[angles.sin(), angles.cos()]"),
     "CRR: advantage against a_hat^0 alone": ("edp_crr.py", "(a_hat_0 + z)", "(a_hat_0 + 0 * z)"),
-    "CRR: sign of the advantage": ("edp_crr.py", "return (advantage / temperature)", "return (-advantage / temperature)"),
+    "CRR: sign of the advantage": (
+        "edp_crr.py",
+        "return (advantage / temperature)",
+        "return (-advantage / temperature)",
+    ),
     "CRR: no cap": ("edp_crr.py", ".exp().clamp(max=cap)", ".exp()"),
     "CRR: max for mean": ("edp_crr.py", 'if baseline == "mean"', 'if baseline == "max"'),
     "CRR: target from the policy itself": ("edp_crr.py", "sample(policy_target,", "sample(policy,"),

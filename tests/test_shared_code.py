@@ -65,6 +65,7 @@ def pieces(name):
             found[node.name] = text(node, node.end_lineno)
         elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            target = target.value if isinstance(target, ast.Subscript) else target
             found[target.id] = f"{found.get(target.id, '')}\n{text(node, node.end_lineno)}"
     return found
 
