@@ -907,9 +907,8 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
-def main(args: Args) -> dict[str, Any]:
-    """Train and evaluate; returns what result.json holds."""
-    check_args(args)
+def set_up(args: Args) -> torch.device:
+    """Login, device, threads and seed, before any data is loaded; exit 2 where one cannot be had."""
     if args.track and args.wandb_mode == "online":
         import wandb
 
@@ -929,6 +928,13 @@ def main(args: Args) -> dict[str, Any]:
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(option, 32 << 20)
     torch.manual_seed(args.seed)
+    return device
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Train and evaluate; returns what result.json holds."""
+    check_args(args)
+    device = set_up(args)
 
     # Data and environments
     saved = load_checkpoint(args.resume) if args.resume else {}

@@ -16,7 +16,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 SETS = ("hopper-medium-expert-mini", "hopper-medium-replay-mini")
-VARIANTS = {
+VARIANTS: dict[str, dict[str, list[str]]] = {
     "edp_iql": {"edp_iql": [], "bc": ["--inverse-temperature", "0", "--eval-candidates", "1"]},
     "edp_crr": {"edp_crr": []},
     "edp_td3": {"edp_td3": []},

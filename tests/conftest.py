@@ -11,6 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("ed*_*.py"))
+EDP = [name for name in SCRIPTS if name.startswith("edp_")]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 

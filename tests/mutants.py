@@ -66,6 +66,44 @@ MUTANTS = {  # name: (script, original, mutant)
         "a0 = self.approximate_action(a, k, policy(s, a.detach(), k)).detach() if k else "
         "self.approximate_action(a, k, policy(s, a, k))\n            a =",
     ),
+    "EDIS: no factor sigma": ("edis_sac.py", "d + sigma * guidance(x, sigma)", "d + guidance(x, sigma)"),
+    "EDIS: Euler for Heun": ("edis_sac.py", "(d + derivative(x_next, sigma_next)) / 2", "d"),
+    "EDIS: given columns are churned": ("edis_sac.py", "            z[:, :held] = 0\n", ""),
+    "EDIS: given columns are scaled": (
+        "edis_sac.py",
+        "device=x.device) < held, 1.0, c_in)",
+        "device=x.device) < 0, 1.0, c_in)",
+    ),
+    "EDIS: c_skip": ("edis_sac.py", "1 / total, sigma / total.sqrt()", "1 / total.sqrt(), sigma / total.sqrt()"),
+    "EDIS: loss weight": ("edis_sac.py", "(sigma.square() + 1) / sigma.square() * error", "error"),
+    "EDIS: sign of the energies": ("edis_sac.py", "logits = -torch.cat(", "logits = torch.cat("),
+    "EDIS: negatives of another positive": (
+        "edis_sac.py",
+        "(which[:, None], torch.arange(K, device=device))",
+        "(which.flip(0)[:, None], torch.arange(K, device=device))",
+    ),
+    "EDIS: no negatives of other conditions": (
+        "edis_sac.py",
+        "(any_row, torch.randint(K, (1,), device=device))",
+        "(which[:, None], torch.randint(K, (1,), device=device))",
+    ),
+    "EDIS: positives without noise": (
+        "edis_sac.py",
+        "positives[which] + sigma * torch.randn",
+        "positives[which] + 0 * sigma * torch.randn",
+    ),
+    "EDIS: policy not normalised": (
+        "edis_sac.py",
+        "return (a - self.mean[S : S + A]) / self.std[S : S + A]",
+        "return a",
+    ),
+    "EDIS: own block only": ("edis_sac.py", "x[:, :start] if full else", "x[:, :start].detach() if full else"),
+    "EDIS: no clip": ("edis_sac.py", ".clamp(min=1e-12)).clamp(max=1)", ".clamp(min=1e-12)).clamp(min=1, max=1)"),
+    "EDIS: returns across episodes": ("edis_sac.py", "total * (not ends[i])", "total"),
+    "EDIS: tanh without its slope": ("edis_sac.py", "(log_normal - log_slope)", "(log_normal)"),
+    "EDIS: alpha rises with entropy": ("edis_sac.py", "return -(log_alpha.exp()", "return (log_alpha.exp()"),
+    "EDIS: no calibration": ("edis_sac.py", "q[M:].maximum(mc)", "q[M:]"),
+    "EDIS: no importance weights": ("edis_sac.py", "((q - log_density).logsumexp(0)", "(q.logsumexp(0)"),
     "vp: beta at the step's end": ("edp_td3.py", "(2 * np.arange(K) + 1)", "(2 * np.arange(K) + 2)"),
 }
 
@@ -83,7 +121,8 @@ def survives(script: str, original: str, mutant: str) -> bool:
         for path in (ROOT / "pyproject.toml", *ROOT.glob("*.py")):
             shutil.copy(path, folder)
         (Path(folder) / script).write_text(mutated)
-        command = [sys.executable, "-m", "pytest", "-qx", "tests/test_edp_math.py", "tests/test_edp_golden.py"]
+        tests = ["edis_math"] if script == "edis_sac.py" else ["edp_math", "edp_golden"]
+        command = [sys.executable, "-m", "pytest", "-qx", *(f"tests/test_{name}.py" for name in tests)]
         return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
 
 

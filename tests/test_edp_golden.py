@@ -1,11 +1,12 @@
 """The EDP scripts against values computed with the official EDP code (tests/golden)."""
 
+import importlib
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import golden_networks
+from conftest import EDP, golden_networks
 from torch.testing import assert_close
 
 import edp_crr
@@ -13,6 +14,11 @@ import edp_iql
 import edp_td3
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=EDP)
+def script(request):
+    return importlib.import_module(request.param)
 
 
 def T(array):

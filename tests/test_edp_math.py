@@ -1,10 +1,12 @@
 """The EDP scripts' mathematics against closed forms."""
 
+import importlib
 import math
 
 import numpy as np
 import pytest
 import torch
+from conftest import EDP
 from torch.testing import assert_close
 
 import edp_crr
@@ -12,6 +14,11 @@ import edp_iql
 import edp_td3
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=EDP)
+def script(request):
+    return importlib.import_module(request.param)
 
 
 def linear_alpha_bar(K):

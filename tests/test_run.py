@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,15 +23,40 @@ from test_data import error_of
 
 FAST = "--batch-size 8 --diffusion-steps 30 --sampler-steps 4 --eval-candidates 2 --eval-episodes 2 --num-updates 6"
 FAST += " --log-every 2 --eval-every 4 --save-every 3"
+FAST_EDIS = "--batch-size 2 --cql-actions 2 --denoiser-updates 2 --denoiser-width 16 --denoiser-layers 1 --samples 20"
+FAST_EDIS += " --sampling-steps 3 --chunk 8 --pool 4 --negatives 2 --model-updates 2 --energy-updates 2"
+FAST_EDIS += " --energy-batch 4 --first-round 2 --round-every 2 --synthetic-ratio 0.5 --eval-episodes 2 --num-updates 6"
+FAST_EDIS += " --log-every 2 --eval-every 4 --save-every 3"
+
+
+def fast(script):
+    """Flags of a run of 6 updates."""
+    return FAST_EDIS if script.__name__ == "edis_sac" else FAST
+
+
+def flags_of(script, argv):
+    """The siblings' flags as EDIS has them: of N updates, 3 are offline."""
+    argv = [str(flag) for flag in argv]
+    if script.__name__ == "edis_sac":
+        argv = ["--critic-lr" if flag == "--lr" else flag for flag in argv]
+        while "--num-updates" in argv:
+            i = argv.index("--num-updates")
+            argv[i : i + 2] = ["--offline-updates", "3", "--online-steps", str(int(argv[i + 1]) - 3)]
+    return argv
+
+
+def parse(script, *argv):
+    return script.parse_args(flags_of(script, argv))
 
 
 @pytest.fixture
 def run(script, hopper_file, tmp_path):
     """Run the script in this process on a small file; returns its result."""
+    default = fast(script)
 
-    def call(*flags, fast=FAST, data=("--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file))):
-        argv = [*fast.split(), *data, "--runs-dir", str(tmp_path / "runs"), *map(str, flags)]
-        return script.main(script.parse_args(argv))
+    def call(*flags, fast=None, data=("--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file))):
+        argv = (fast or default).split()
+        return script.main(parse(script, *argv, *data, "--runs-dir", tmp_path / "runs", *flags))
 
     return call
 
@@ -48,8 +74,9 @@ def test_run_files(run, script, tmp_path):
 
     about = json.loads((folder / "args.json").read_text())
     assert about["args"]["seed"] == {"value": 3, "source": "command line"}
-    assert about["args"]["max_grad_norm"] == {"value": 9.0, "source": "preset"}
-    assert about["args"]["lr"] == {"value": 3e-4, "source": "default"}
+    name, value = ("state_scale", 2.0) if script.__name__ == "edis_sac" else ("max_grad_norm", 9.0)
+    assert about["args"][name] == {"value": value, "source": "preset"}
+    assert about["args"]["tau"] == {"value": 0.005, "source": "default"}
     assert {"torch", "gymnasium", "mujoco", "numpy", "python", "device", "commit", "dataset"} <= set(about)
     assert len(about["dataset"]["sha256"]) == 64
 
@@ -82,6 +109,9 @@ BRANCHES = [
     "--expectile 0.9", "--inverse-temperature 0 --eval-candidates 1",
     "--diffusion-coef 0", "--guidance-coef 0", "--num-threads 2", "--weight binary", "--advantage-baseline max",
     "--policy-target-start 0 --policy-target-every 2", "--max-q-backup --max-q-candidates 3 --max-q-top-k 2",
+    "--augmentation synther", "--augmentation offline", "--augmentation none", "--no-state-energy",
+    "--no-policy-energy", "--no-transition-energy", "--no-full-gradient", "--cql-alpha 0", "--cql-alpha-online 1",
+    "--no-calibrate", "--churn 0", "--first-round 1 --online-steps 9", "--guidance-clip 0",
     "--no-action-approximation --sampler ddpm --beta-schedule vp --diffusion-steps 5", "--no-action-approximation",
 ]  # fmt: skip
 
@@ -97,8 +127,8 @@ def has(script, flag):
 ])  # fmt: skip
 def test_every_branch(name, flags, hopper_file, tmp_path):
     script, data = importlib.import_module(name), ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file)]
-    argv = [*FAST.split(), *data, "--runs-dir", str(tmp_path / "runs"), *flags.split()]
-    assert script.main(script.parse_args(argv))["return"] is not None
+    argv = [*fast(script).split(), *data, "--runs-dir", tmp_path / "runs", *flags.split()]
+    assert script.main(parse(script, *argv))["return"] is not None
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -125,9 +155,9 @@ def test_compiled_update_agrees_with_eager(run, script):
 
 
 @pytest.mark.parametrize("name", ["walker2d-medium-v2", "halfcheetah-expert-v2"])
-def test_other_environments(run, tmp_path, name):
+def test_other_environments(run, script, tmp_path, name):
     path = write_hdf5(tmp_path / "own.hdf5", make_columns(obs_dim=17, act_dim=6))
-    short = FAST.replace("--eval-every 4", "--eval-every 9").replace("--num-updates 6", "--num-updates 2")
+    short = fast(script).replace("--eval-every 4", "--eval-every 9").replace("--num-updates 6", "--num-updates 4")
     assert run(fast=short, data=("--env-id", name, "--dataset-path", str(path)))["normalized_score"] is not None
 
 
@@ -136,7 +166,11 @@ def test_gymnasium_id_has_no_score(run, hopper_file):
     assert result["return"] is not None and result["normalized_score"] is None
 
 
-def test_without_environment(run, hopper_file, capsys):
+def test_without_environment(run, script, hopper_file, capsys):
+    if script.__name__ == "edis_sac":
+        data = ("--env-id", "my-robot", "--dataset-path", str(hopper_file))
+        assert "online phase needs one" in error_of(capsys, lambda: run(data=data))
+        return
     result = run(data=("--env-id", "my-robot", "--dataset-path", str(hopper_file)))
     assert result["updates"] == 6 and result["return"] is None and result["normalized_score"] is None
     assert "training without evaluation" in capsys.readouterr().out
@@ -166,6 +200,10 @@ def test_success_is_kept(script):
 
 # ----------------------------------------------------------------------------------------------------------- presets
 def test_presets(script):
+    if script.__name__ == "edis_sac":
+        assert script.parse_args(["--env-id", "walker2d-medium-replay-v2"]).transition_scale == 0.2
+        assert script.parse_args([]).num_updates < 100_000
+        return
     assert script.parse_args(["--env-id", "hopper-medium-replay-v2"]).max_grad_norm == 4.0
     assert script.parse_args(["--env-id", "hopper-medium-replay-v2", "--max-grad-norm", "5"]).max_grad_norm == 5.0
     assert script.parse_args(["--env-id", "ant-medium-v2"]).max_grad_norm == 5.0  # default: not in the official table
@@ -198,7 +236,7 @@ def same_run(script, a, b):
     for name in ("metrics.jsonl", "evaluations.csv"):
         texts = [(script.Path(r["run_dir"]) / name).read_text() for r in (a, b)]
         if name == "metrics.jsonl":
-            drop = ("time", "charts/SPS", "charts/minutes_left")
+            drop = ("time", "charts/SPS", "charts/minutes_left", "charts/generated_per_second")
             texts = [[{k: v for k, v in json.loads(x).items() if k not in drop} for x in t.splitlines()] for t in texts]
         assert texts[0] == texts[1], name
 
@@ -224,31 +262,33 @@ def test_resume_is_exact(run, script, monkeypatch, killed_at):
     folder = max(script.Path(whole["run_dir"]).parent.iterdir(), key=lambda p: p.name)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "half a row')  # what a kill can leave
-    resumed = script.main(script.parse_args(["--resume", str(folder)]))
+    resumed = script.main(parse(script, "--resume", folder))
     same_run(script, whole, resumed)
 
 
 def test_a_finished_run_can_go_on(run, script):
     whole = run("--num-updates", 8)
     first = run("--num-updates", 4)
-    same_run(script, whole, script.main(script.parse_args(["--resume", first["run_dir"], "--num-updates", "8"])))
+    same_run(script, whole, script.main(parse(script, "--resume", first["run_dir"], "--num-updates", 8)))
 
 
 def test_resume_refuses_other_settings_and_data(run, script, tmp_path, capsys):
     folder = run()["run_dir"]
-    line = error_of(capsys, lambda: script.parse_args(["--resume", folder, "--lr", "1e-3"]))
-    assert "--lr" in line
+    line = error_of(capsys, lambda: parse(script, "--resume", folder, "--lr", "1e-2"))
+    assert "-lr cannot change" in line
     write_hdf5(tmp_path / "hopper.hdf5", make_columns(seed=1))  # the same name, other data
-    assert "is not the data" in error_of(capsys, lambda: script.main(script.parse_args(["--resume", folder])))
+    assert "is not the data" in error_of(capsys, lambda: script.main(parse(script, "--resume", folder)))
     for bad in (tmp_path / "nowhere", tmp_path / "hopper.hdf5"):
-        assert "--resume" in error_of(capsys, lambda: script.parse_args(["--resume", str(bad)]))  # noqa: B023
+        assert "--resume" in error_of(capsys, lambda: parse(script, "--resume", bad))  # noqa: B023
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
-    assert "--resume" in error_of(capsys, lambda: script.parse_args(["--resume", str(tmp_path / "other.pt")]))
+    assert "--resume" in error_of(capsys, lambda: parse(script, "--resume", tmp_path / "other.pt"))
 
 
 def test_no_transitions(run, tmp_path, capsys):
     path = write_hdf5(tmp_path / "one.hdf5", make_columns(rows=1))
-    assert "no transition" in error_of(capsys, lambda: run(data=("--env-id", "x", "--dataset-path", str(path))))
+    assert "no transition" in error_of(
+        capsys, lambda: run(data=("--env-id", "hopper-medium-v2", "--dataset-path", str(path)))
+    )
 
 
 def test_full_disk_keeps_the_old_checkpoint(run, script, monkeypatch, capsys):
@@ -294,12 +334,14 @@ def test_stop_during_an_evaluation(run, script, monkeypatch):
     monkeypatch.setattr(script, "evaluate", evaluate)
     folder = max(script.Path(whole["run_dir"]).parent.iterdir(), key=lambda p: p.name)
     assert script.load_checkpoint(str(folder))["progress"]["step"] == 4
-    same_run(script, whole, script.main(script.parse_args(["--resume", str(folder)])))
+    same_run(script, whole, script.main(parse(script, "--resume", folder)))
 
 
 def test_divergence_ends_with_3(run, script, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        run("--lr", "1e30", "--num-updates", "50", "--max-grad-norm", "0")
+        run(
+            "--lr", "1e30", "--num-updates", "50", *(["--max-grad-norm", "0"] if has(script, "--max-grad-norm") else [])
+        )
     assert caught.value.code == 3
     (folder,) = (tmp_path / "runs").iterdir()
     assert "not finite" in capsys.readouterr().err and (folder / "diagnostics.json").exists()
@@ -320,8 +362,9 @@ def start(script_name, tmp_path, *flags):
 def test_signals(name, signum, code, tmp_path, hopper_file):
     """A signal saves and exits; the run goes on from the very update."""
     data = ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file)]
-    never = FAST.replace("--save-every 3", "--save-every 1000000").replace("--num-updates 6", "--num-updates 1000000")
-    process = start(name, tmp_path, *never.split(), *data)
+    script = importlib.import_module(name)
+    never = fast(script).replace("--save-every 3", "--save-every 1000000").replace("updates 6", "updates 100000")
+    process = start(name, tmp_path, *flags_of(script, [*never.split(), *data]))
     for line in process.stdout:  # first progress
         if line.startswith("update"):
             break
@@ -329,17 +372,17 @@ def test_signals(name, signum, code, tmp_path, hopper_file):
     _, err = process.communicate(timeout=60)
     assert process.returncode == code and "--resume" in err and "Traceback" not in err
     (folder,) = (tmp_path / "runs").iterdir()
-    script = importlib.import_module(name)
     step = script.load_checkpoint(str(folder))["progress"]["step"]
     assert step > 0
-    result = script.main(script.parse_args(["--resume", str(folder), "--num-updates", str(step + 3)]))
+    result = script.main(parse(script, "--resume", folder, "--num-updates", step + 3))
     assert result["updates"] == step + 3
 
 
 # ------------------------------------------------------------------------------------------------------ command line
 BAD = {
-    "--num-updates": 0, "--batch-size": -1, "--lr": "nan", "--gamma": 1.5, "--expectile": -0.1, "--diffusion-steps": 20,
-    "--sampler-steps": 31, "--device": "nonsense", "--seed": -1, "--runs-dir": "/dev/null/x", "--temperature": 0,
+    "--num-updates": 0, "--batch-size": -1, "--lr": "nan", "--gamma": 1.5, "--expectile": -0.1,
+    "--diffusion-steps": 20, "--sampler-steps": 31, "--device": "nonsense", "--seed": -1, "--runs-dir": "/dev/null/x",
+    "--temperature": 0, "--online-steps": -1, "--denoiser-lr": 0, "--synthetic-ratio": 2, "--sampling-steps": 1,
     "--advantage-samples": 0, "--max-q-top-k": 11, "--eta": "inf", "--policy-target-every": 0, "--weight-cap": 0,
 }  # fmt: skip
 
@@ -349,8 +392,8 @@ BAD = {
 ])  # fmt: skip
 def test_bad_arguments(name, flag, hopper_file, capsys):
     script, data = importlib.import_module(name), ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file)]
-    argv = [*FAST.split(), *data, flag, str(BAD[flag])]
-    assert flag in error_of(capsys, lambda: script.main(script.parse_args(argv)))
+    argv = [*fast(script).split(), *data, flag, BAD[flag]]
+    assert flag in error_of(capsys, lambda: script.main(parse(script, *argv)))
 
 
 def test_no_such_gpu(run, capsys):
@@ -363,8 +406,9 @@ def test_command_line(name, tmp_path):
     begin = time.time()
     out, _ = (process := start(name, tmp_path, "--env-id", "walker2d-medium-v2", "--help")).communicate()
     assert process.returncode == 0 and time.time() - begin < 15
-    assert "--max-grad-norm FLOAT" in out and "(default: 1.0)" in out
-    for flags in (["--nonsense"], ["--seed", "x"], ["--sampler", "euler"]):
+    flag, value = ("--state-scale", 0.01) if name == "edis_sac" else ("--max-grad-norm", 1.0)
+    assert re.search(rf"{flag} FLOAT[^-]*default: {value}\)", out)
+    for flags in (["--nonsense"], ["--seed", "x"], ["--compile", "perhaps"]):
         _, err = (process := start(name, tmp_path, *flags)).communicate()
         assert process.returncode == 2 and "Traceback" not in err
 
@@ -376,7 +420,8 @@ def test_a_copied_script_runs_alone(name, tmp_path, hopper_file):
     folder.mkdir()
     shutil.copy(ROOT / f"{name}.py", folder / "mine.py")
     shutil.copy(hopper_file, folder / "hopper_medium-v2.hdf5")
-    command = [sys.executable, "mine.py", *FAST.split(), "--env-id", "hopper-medium-v2"]
+    script = importlib.import_module(name)
+    command = [sys.executable, "mine.py", *flags_of(script, [*fast(script).split(), "--env-id", "hopper-medium-v2"])]
     env = {**os.environ, "D4RL_DATASET_DIR": str(folder), "PYTHONPATH": ""}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -11,38 +11,48 @@ import re
 import pytest
 from conftest import ROOT, SCRIPTS
 
-EDP = ("edp_crr", "edp_iql", "edp_td3")
+ALL, EDP = ("edis_sac", "edp_crr", "edp_iql", "edp_td3"), ("edp_crr", "edp_iql", "edp_td3")
 REGRESSION, SAMPLED = ("edp_crr", "edp_iql"), ("edp_crr", "edp_td3")
+NOT_IQL = ("edis_sac", "edp_crr", "edp_td3")
 
 # Definition: the scripts that have it, all alike. `Args.x` is a field, with its type, default and help.
 SHARED = dict.fromkeys((
-    "CLIPS", "SPARSE", "PRESETS", "RESUMABLE", "fail", "parse_args", "D4RL", "LEVELS", "D4RL_IDS", "BUNDLED_IDS",
-    "D4RL_URLS", "Columns", "Transform", "KEYS", "read_hdf5", "check", "download_d4rl", "load_minari", "load_task",
-    "timeouts_by_limit", "make_transitions", "Mish", "MLP", "flatten", "Policy", "Critic", "Diffusion", "reconstruct",
-    "make_envs", "select_actions", "evaluate", "load_checkpoint", "describe", "Run", "main",
+    "fail", "parse_args", "D4RL", "LEVELS", "D4RL_IDS", "BUNDLED_IDS", "D4RL_URLS", "Columns", "Transform", "KEYS",
+    "read_hdf5", "check", "download_d4rl", "load_minari", "load_task", "timeouts_by_limit", "make_transitions", "Mish",
+    "MLP", "Critic", "make_envs", "evaluate", "load_checkpoint", "describe", "Run", "set_up",
     *(f"Args.{name}" for name in (
-        "exp_name", "seed", "device", "num_updates", "log_every", "save_every", "resume", "runs_dir", "track",
-        "wandb_project", "wandb_entity", "wandb_group", "wandb_mode", "env_id", "dataset_path", "reward_transform",
-        "observation_transform", "eval_every", "eval_episodes", "eval_candidates", "capture_video", "batch_size", "lr",
-        "gamma", "tau", "max_grad_norm", "diffusion_steps", "reward_scale", "beta_schedule", "sampler", "sampler_steps",
-        "solver_order", "diffusion_coef", "num_threads", "compile",
+        "exp_name", "seed", "device", "log_every", "save_every", "resume", "runs_dir", "track", "wandb_project",
+        "wandb_entity", "wandb_group", "wandb_mode", "dataset_path", "reward_transform", "reward_scale",
+        "observation_transform", "eval_every", "eval_episodes", "capture_video", "batch_size", "gamma", "tau",
+        "num_threads",
+    )),
+), ALL)  # fmt: skip
+SHARED |= dict.fromkeys((
+    "CLIPS", "SPARSE", "PRESETS", "RESUMABLE", "flatten", "Policy", "Diffusion", "reconstruct", "select_actions",
+    "main", *(f"Args.{name}" for name in (
+        "env_id", "num_updates", "eval_candidates", "lr", "max_grad_norm", "diffusion_steps",
+        "beta_schedule", "sampler", "sampler_steps", "solver_order", "diffusion_coef", "compile",
     )),
 ), EDP)  # fmt: skip
 SHARED |= dict.fromkeys(("weighted_regression", "Args.guidance_coef", "Args.likelihood"), REGRESSION)
-SHARED |= dict.fromkeys(
-    ("LOCOMOTION", "FAMILIES", "make_networks", "Args.policy_target_start", "Args.policy_target_every"), SAMPLED
-)
+SHARED |= dict.fromkeys(("FAMILIES", "make_networks", "Args.policy_target_start", "Args.policy_target_every"), SAMPLED)
+SHARED |= {"LOCOMOTION": NOT_IQL, "critic_losses": NOT_IQL}
 # Same name in several scripts, on purpose not the same text
 DIFFERS = {
     "LOCOMOTION": "only IQL scales rewards by the range of returns",
     "FAMILIES": "AntMaze's rewards, and its expectile for IQL",
-    "MINI": "TD3 has no guidance coefficient",
+    "MINI": "TD3 has no guidance coefficient; EDIS has other arguments",
+    "PRESETS": "EDIS has a table of guidance scales",
+    "RESUMABLE": "EDIS counts online steps",
     "check_args": "each algorithm's own arguments",
     "critic_losses": "IQL's docstring names its equation",
     "make_networks": "V for IQL, a target policy for the others",
     "draw": "each algorithm's own random draws",
     "make_update": "the algorithm",
+    "main": "EDIS has an online phase",
     "Args.weight_cap": "100 for IQL, 20 for CRR",
+    "Args.env_id": "medium for EDIS, which needs room to improve",
+    "Args.compile": "what is compiled",
 }
 
 
@@ -98,12 +108,13 @@ def problems(sources, shared, differs):
 
 
 def test_shared_code():
-    assert not list(problems({name: pieces(name) for name in EDP}, SHARED, DIFFERS))
+    assert sorted(ALL) == SCRIPTS
+    assert not list(problems({name: pieces(name) for name in ALL}, SHARED, DIFFERS))
 
 
 def test_the_comparison_finds_what_it_is_for():
     def found(shared=SHARED, differs=DIFFERS, **changed):
-        sources = {name: dict(pieces(name)) for name in EDP}
+        sources = {name: dict(pieces(name)) for name in ALL}
         for name, text in changed.items():
             sources["edp_td3"][name.replace("__", ".")] = text
         return " ".join(problems(sources, shared, differs))

@@ -1,0 +1,1393 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0", "numpy==2.2.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "h5py==3.16.0", "pooch==1.9.0",
+#     "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0", "wandb==0.31.0", "moviepy==2.2.1",
+# ]
+# ///
+"""EDIS: energy-guided diffusion sampling for offline-to-online reinforcement learning, on SAC.
+
+Liu et al., Energy-Guided Diffusion Sampling for Offline-to-Online RL, ICML 2024, arXiv 2407.12448. SAC is pre-trained
+offline with CQL or Cal-QL; online, a diffusion model of transitions, steered by three energies to the states, actions
+and dynamics of now, makes synthetic transitions that are mixed into the batches.
+
+    diffusion          p_theta(x), x = (s, a, s'); Karras et al., 2022, arXiv 2206.00364            Denoiser, edm_loss
+    energies           q ~ p_theta exp(-E1(s) - E2(a|s) - E3(s'|s, a)), e^E = nu / mu               Energies, info_nce
+    guided sampling    dx / dsigma = (x - D(x)) / sigma + sigma sum lambda_i grad E_i               EDM.sample, guidance
+    state energy       mu: states of the most recent transitions; nu: of unguided samples          energy_batch
+    policy energy      mu: actions of the policy; nu: a ~ p_theta(a | s), the same s                energy_batch
+    transition energy  mu: next states of the environment; nu: s' ~ p_theta(s' | s, a)              energy_batch
+    SAC, CQL, Cal-QL   Haarnoja 2018; Kumar 2020, arXiv 2006.04779; Nakamoto 2023, arXiv 2303.05479 Losses
+
+Each energy is trained at the noise levels sigma that the sampler visits, between noised positives and noised negatives:
+each positive against its own negatives, of the same condition, and against as many of other conditions, without which
+E2 and E3 were free up to a function of their condition and could not move it. With --no-full-gradient each gradient
+acts on its own block (s; a; s') alone: what depends on s then lags behind it, as in inpainting by replacement. The
+energies see the noised condition, as the sampler does; E1 sees s alone: exact as sigma -> 0, an approximation above.
+
+Deviations:           paper                       published code (liuxhym/EDIS)       here
+    conditional nu    p_theta(a | s)              a vector with zeros                 denoiser trained with s or (s, a)
+                                                                                      given: replacing them by s + sigma
+                                                                                      epsilon misses mean and variance
+    negatives         the same condition          not the positive's own              the same, and other conditions
+    factor sigma      -                           missing                             as derived
+    energies' levels  every t                     one (state), two of another         every level of the sampler
+                                                  schedule (others)
+    reward            known or learned            diffused                            learned, as is termination
+    positives         recent transitions          the whole online buffer             the last --positive-buffer ones
+    activations       -                           ReLU                                Mish, as in the other scripts
+"""
+
+import copy
+import csv
+import ctypes
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+
+# ---------------------------------------------------------------------------------------------------------------- Args
+@dataclass
+class Args:
+    """EDIS: SAC, offline then online, with energy-guided synthetic transitions."""
+
+    # experiment
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run folder's name
+    seed: int = 0  # seed of networks, batches, noise and evaluation
+    device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps, ...
+    log_every: int = 1_000  # updates between two rows of metrics, where losses are checked to be finite
+    save_every: int = 10_000  # updates between two checkpoints; each replaces the one before
+    resume: str | None = None  # run folder to go on with; the algorithm's arguments come from it
+    runs_dir: str = "runs"  # where run folders are made
+    track: bool = False  # log to Weights & Biases too
+    wandb_project: str = "edp"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases user or team
+    wandb_group: str | None = None  # Weights & Biases group
+    wandb_mode: Literal["online", "offline", "disabled"] = "online"  # Weights & Biases mode
+    # data
+    env_id: str = "hopper-medium-mini"  # bundled, D4RL or Minari id; with --dataset-path any Gymnasium id
+    dataset_path: str | None = None  # HDF5 file in D4RL's layout to train on instead of the id's own data
+    reward_transform: Literal["none", "return-range", "minus-one", "times-four", "min-max"] = "none"
+    """none; r * 1000 / (max - min episode return); r - 1 or 4 (r - 0.5) (AntMaze); r to [-1, 1] (Adroit, kitchen)"""
+    reward_scale: float = 1.0  # factor on the transformed rewards, and so on Q in weights and action selection
+    observation_transform: Literal["none", "scalar", "per-dimension"] = "none"
+    """none; by one mean and standard deviation over all dimensions (Adroit, kitchen, AntMaze); by one per dimension"""
+    # evaluation
+    eval_every: int = 10_000  # updates between two evaluations
+    eval_episodes: int = 10  # episodes per evaluation, all run side by side
+    capture_video: bool = False  # record each evaluation's first episode to RUN/videos (set MUJOCO_GL if headless)
+    # agent
+    offline_updates: int = 300_000  # updates before the first step in the environment
+    online_steps: int = 200_000  # steps in the environment, one update each
+    batch_size: int = 256  # transitions per update
+    actor_lr: float = 1e-4  # Adam's learning rate, policy and temperature
+    critic_lr: float = 3e-4  # Adam's learning rate, critics
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # rate of the target critics
+    cql_alpha: float = 5.0  # coefficient of the CQL penalty offline; 0: plain SAC
+    cql_alpha_online: float = 0.0  # coefficient of the CQL penalty online
+    cql_actions: int = 10  # actions per state of each of the penalty's three samples
+    calibrate: bool = True  # Cal-QL: the penalty stops at the data's Monte-Carlo return
+    # synthetic data
+    augmentation: Literal["edis", "synther", "offline", "none"] = "edis"
+    """synthetic data with energies; without (SynthER); real offline data (RLPD); online data only"""
+    synthetic_ratio: float = 0.2  # share of the augmentation in an online batch
+    round_every: int = 10_000  # online steps between two rounds of training denoiser, models, energies and generating
+    first_round: int = 1_000  # online steps before the first round
+    samples: int = 100_000  # synthetic transitions per round, which replace the last round's
+    chunk: int = 10_000  # of them at once: bounds the memory
+    denoiser_updates: int = 10_000  # updates of the denoiser per round
+    denoiser_batch: int = 256  # transitions per update of the denoiser
+    denoiser_width: int = 1_024  # width of the residual network
+    denoiser_layers: int = 6  # its residual blocks
+    denoiser_lr: float = 3e-4  # AdamW's learning rate, falling to 0 by a cosine in each round
+    denoiser_ema: float = 0.999  # decay of the averaged weights that sample
+    sampling_steps: int = 128  # noise levels of the sampler
+    churn: float = 80.0  # S_churn, noise added while sampling
+    model_updates: int = 5_000  # updates of the reward and termination model per round
+    energy_updates: int = 2_000  # updates of the energies per round
+    energy_batch: int = 256  # positives per update of the energies
+    energy_lr: float = 1e-3  # Adam's learning rate, energies and models; the energies' falls to 0 by a cosine
+    negatives: int = 10  # negatives of each positive
+    positive_buffer: int = 10_000  # most recent transitions that the energies' positives come from
+    pool: int = 2_000  # unguided samples, and conditions, that negatives come from
+    state_energy: bool = True  # use E1, of states
+    policy_energy: bool = True  # use E2, of actions given states
+    transition_energy: bool = True  # use E3, of next states given both
+    state_scale: float = 1.0  # lambda_1, how strongly E1 guides
+    policy_scale: float = 1.0  # lambda_2, how strongly E2 guides
+    transition_scale: float = 1.0  # lambda_3, how strongly E3 guides
+    full_gradient: bool = True  # let E2 and E3 move their conditions too; off: only a, only s'
+    guidance_clip: float = 10.0  # bound of the norm of sum lambda_i grad E_i, in units of sqrt(dim x)
+    # speed
+    num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the denoiser; auto: on for cuda only
+
+    @property
+    def num_updates(self) -> int:
+        """Updates in all."""
+        return self.offline_updates + self.online_steps
+
+
+# ------------------------------------------------------------------------------------------------------------- PRESETS
+# Command line > preset > default. The scales (state, policy, transition) are the published code's; its energies are
+# not ours, so they are a start and no more. The ids of AntMaze and Adroit go with --dataset-path.
+SCALES = {
+    "halfcheetah-medium": (1, 0.2, 0.2), "halfcheetah-medium-replay": (1, 0.2, 0.2),
+    "halfcheetah-medium-expert": (1, 0.2, 0.2), "hopper-random": (1, 0.1, 0.1), "hopper-medium": (2, 0.01, 0.01),
+    "hopper-medium-replay": (1, 0.2, 0.2), "hopper-medium-expert": (0.01, 0.01, 0.01),
+    "walker2d-random": (2, 0.01, 0.01), "walker2d-medium": (0.01, 0.01, 0.01),
+    "walker2d-medium-replay": (0.1, 0.2, 0.2), "walker2d-medium-expert": (0.01, 0.01, 0.01),
+}  # fmt: skip
+LOCOMOTION: dict[str, Any] = {}
+SCALE_NAMES = ("state_scale", "transition_scale", "policy_scale")
+PRESETS: dict[str, dict[str, Any]] = {
+    f"{name}-v2": dict(zip(SCALE_NAMES, map(float, scales), strict=True)) for name, scales in SCALES.items()
+}
+# Bundled sets: ours, for half an hour on a CPU
+MINI = {
+    "observation_transform": "per-dimension", "offline_updates": 10_000, "online_steps": 20_000, "actor_lr": 3e-4,
+    "cql_alpha": 1.0, "cql_actions": 4, "round_every": 5_000, "samples": 20_000, "denoiser_updates": 5_000,
+    "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3, "sampling_steps": 32, "model_updates": 2_000,
+    "energy_updates": 1_000, "energy_batch": 64, "pool": 1_000, "eval_every": 5_000, "log_every": 250,
+    "save_every": 5_000,
+}  # fmt: skip
+PRESETS |= {f"hopper-{level}-mini": MINI for level in ("medium", "medium-replay", "medium-expert")}
+
+# What --resume lets change: nothing that alters an update by more than rounding
+RESUMABLE = {
+    "resume", "online_steps", "device", "log_every", "save_every", "runs_dir", "track", "wandb_project", "wandb_entity",
+    "wandb_group", "wandb_mode", "dataset_path", "eval_every", "eval_episodes", "capture_video", "num_threads",
+    "compile",
+}  # fmt: skip
+
+
+def fail(message: object) -> NoReturn:
+    """Bad arguments or data: one line on stderr, exit code 2."""
+    print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Command line > checkpoint (with --resume) > preset > default."""
+    argv = sys.argv[1:] if argv is None else argv
+    given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
+    saved = load_checkpoint(given.resume)["args"] if given.resume else {}
+    defaults = {**PRESETS.get(given.env_id, {}), "env_id": given.env_id, **saved, "resume": given.resume}
+    args = tyro.cli(Args, args=argv, default=Args(**defaults))
+    for name in saved.keys() - RESUMABLE:
+        if getattr(args, name) != saved[name]:
+            fail(f"--{name.replace('_', '-')} cannot change on resume (the run has {saved[name]})")
+    return args
+
+
+def check_args(args: Args) -> None:
+    """Refuse values that cannot work, naming the argument."""
+    counts = ["log_every", "save_every", "eval_every", "eval_episodes", "batch_size", "num_threads", "cql_actions"]
+    counts += ["round_every", "first_round", "samples", "chunk", "denoiser_batch", "denoiser_width", "denoiser_layers"]
+    counts += ["negatives", "positive_buffer", "pool", "energy_batch"]
+    bounds: dict[str, tuple[float, float]] = dict.fromkeys(counts, (1, math.inf))
+    bounds |= dict.fromkeys(("reward_scale", "actor_lr", "critic_lr", "denoiser_lr", "energy_lr"), (1e-12, math.inf))
+    free = ["offline_updates", "online_steps", "denoiser_updates", "model_updates", "energy_updates", "cql_alpha"]
+    free += ["cql_alpha_online", "churn", "state_scale", "policy_scale", "transition_scale", "guidance_clip"]
+    bounds |= dict.fromkeys(free, (0, math.inf))
+    bounds |= dict.fromkeys(("gamma", "tau", "synthetic_ratio", "denoiser_ema"), (0, 1))
+    bounds |= {"sampling_steps": (2, math.inf), "seed": (0, 2**32)}
+    for name, (low, high) in bounds.items():
+        if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):
+            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, got {getattr(args, name)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- Data
+D4RL = {  # agent: Gymnasium environment, D4RL's returns of a random and an expert policy
+    "hopper": ("Hopper-v4", (-20.272305, 3234.3)),
+    "walker2d": ("Walker2d-v4", (1.629008, 4592.3)),
+    "halfcheetah": ("HalfCheetah-v4", (-280.178953, 12135.0)),
+    "ant": ("Ant-v4", (-325.6, 3879.7)),
+}
+LEVELS = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
+D4RL_IDS = [f"{agent}-{level}-v2" for agent in D4RL for level in LEVELS]
+PRESETS = dict.fromkeys(D4RL_IDS, LOCOMOTION) | PRESETS  # ids that are not in the table
+BUNDLED_IDS = ["hopper-medium-mini", "hopper-medium-replay-mini", "hopper-medium-expert-mini"]
+D4RL_URLS = (  # tried in this order
+    "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/{}",
+    "https://huggingface.co/datasets/imone/D4RL/resolve/main/{}",
+)
+Columns = dict[str, np.ndarray]  # D4RL's arrays: observations (N, S), actions (N, A), rewards (N,), terminals (N,), ...
+
+
+class Transform(NamedTuple):
+    """How the networks see observations and rewards, the same for data and evaluation."""
+
+    obs_shift: Any = 0.0  # a number or (S,)
+    obs_scale: Any = 1.0
+    reward_shift: float = 0.0
+    reward_scale: float = 1.0
+
+    def obs(self, s: Any) -> Any:
+        return (s + self.obs_shift) * self.obs_scale
+
+    def reward(self, r: Any) -> Any:
+        return (r + self.reward_shift) * self.reward_scale
+
+
+KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+
+
+def read_hdf5(path: Path) -> Columns:
+    """Read and check a file in D4RL's layout. OSError: missing, not HDF5, truncated; ValueError: bad content."""
+    with h5py.File(path, "r") as file:
+        return check({key: file[key][()] for key in KEYS if isinstance(file.get(key), h5py.Dataset)})
+
+
+def check(columns: Columns) -> Columns:
+    """The same columns, if their shapes fit together and their values can be trained on; else ValueError."""
+    if missing := [key for key in KEYS[:4] if key not in columns or columns[key].ndim == 0]:
+        raise ValueError(f"no {', '.join(missing)}")
+    for key, column in columns.items():
+        expected = (len(columns["rewards"]), *columns["observations" if "obs" in key else key].shape[1:])
+        if column.shape != expected or column.ndim != (2 if "obs" in key or key == "actions" else 1) or not len(column):
+            raise ValueError(f"{key} has shape {column.shape} for {len(columns['rewards'])} rewards")
+        if column.dtype.kind not in "fiub" or not np.isfinite(column).all():
+            raise ValueError(f"{key} has values that are not finite numbers")
+    if (largest := np.abs(columns["actions"]).max()) > 1.001:
+        raise ValueError(f"actions reach {largest:.4g}, expected [-1, 1]")
+    return columns
+
+
+def download_d4rl(name: str) -> Path:
+    """Path of a D4RL file in D4RL_DATASET_DIR (default ~/.d4rl/datasets), downloaded where it is missing."""
+    import pooch
+
+    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+    errors = []
+
+    def download(url: str, output: Any, fetcher: Any) -> None:
+        pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)(url, output, fetcher)
+        read_hdf5(Path(output))  # half a file or an error page must not take the data's place
+
+    pooch.get_logger().setLevel("WARNING")
+    for url in (template.format(name) for template in D4RL_URLS):
+        try:
+            fetcher = pooch.create(folder, "", registry={name: None}, urls={name: url}, retry_if_failed=1)
+            return Path(fetcher.fetch(name, downloader=download))
+        except (OSError, ValueError) as error:  # those of requests are OSErrors
+            errors.append(f"{url}: {str(error)[:150]}")
+    fail(f"cannot download {name} ({'; '.join(errors)}); put the file into {folder} or set D4RL_DATASET_DIR")
+
+
+def load_minari(env_id: str) -> tuple[Columns, Callable[..., gym.Env], tuple[float, float] | None]:
+    """Columns, environment and reference returns of a Minari set; Dict observations flattened in sorted key order."""
+
+    def flat(obs: Any) -> np.ndarray:
+        parts = [flat(obs[key]) for key in sorted(obs)] if isinstance(obs, dict) else [obs.reshape(len(obs), -1)]
+        return np.concatenate(parts, axis=1)
+
+    def make_env(**kwargs: Any) -> gym.Env:
+        return gym.wrappers.FlattenObservation(dataset.recover_environment(eval_env=True, **kwargs))  # the same order
+
+    try:
+        import minari
+
+        dataset, episodes = minari.load_dataset(env_id, download=True), []
+        for e in dataset.iterate_episodes():
+            obs, timeouts = flat(e.observations), e.truncations & ~e.terminations
+            episodes.append((obs[:-1], e.actions, e.rewards, e.terminations, timeouts, obs[1:]))
+        columns = check(
+            {key: np.concatenate(parts) for key, parts in zip(KEYS, zip(*episodes, strict=True), strict=True)}
+        )
+    except ImportError:
+        fail(f"{env_id} is a Minari id: pip install 'minari[all]'")
+    except Exception as error:  # Minari raises many kinds: no such set, no network, a format that is not ours
+        fail(f"Minari data set {env_id}: {error!r}")
+    scores = [dataset.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
+    return columns, make_env, None if None in scores else (float(scores[0]), float(scores[1]))
+
+
+def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple[float, float] | None, dict[str, str]]:
+    """Data, evaluation environment, reference returns and file of --env-id and --dataset-path; exit 2 if unusable."""
+    if args.dataset_path is None and "/" in args.env_id:
+        return *load_minari(args.env_id), {"file": f"minari:{args.env_id}"}
+    make_env, reference = None, None
+    if args.dataset_path is not None:
+        path = Path(args.dataset_path)
+    elif args.env_id in BUNDLED_IDS:
+        path = Path(__file__).parent / "datasets" / f"{args.env_id}.hdf5"
+        if not path.exists():
+            fail(f"{path} is missing: copy datasets/ from the repository of this script, or give a D4RL id")
+    elif args.env_id in D4RL_IDS:
+        path = download_d4rl(f"{args.env_id[:-3].replace('-', '_')}-v2.hdf5")
+    else:
+        close = difflib.get_close_matches(args.env_id, BUNDLED_IDS + D4RL_IDS, n=3, cutoff=0.0)
+        fail(f"unknown --env-id {args.env_id}; close to it: {', '.join(close)}; for your own data give --dataset-path")
+    try:
+        columns = read_hdf5(path)
+        source = {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    except (OSError, ValueError) as error:
+        fail(f"{path}: {error}")
+
+    gym_id, options = args.env_id, {}
+    if args.env_id in BUNDLED_IDS + D4RL_IDS:
+        gym_id, reference = D4RL[args.env_id.split("-")[0]]
+        options = {"use_contact_forces": True} if gym_id == "Ant-v4" else {}  # D4RL's 111 dimensions
+    if gym_id in gym.registry:
+        warnings.filterwarnings("ignore", message=".*out of date.*")  # Gymnasium asks for v5; D4RL's rewards are v4's
+        make_env = partial(gym.make, gym_id, **options)
+        try:
+            env = make_env()
+        except Exception as error:  # a dependency of the environment is missing
+            fail(f"environment {gym_id}: {error!r}")
+        for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
+            if columns[key].shape[1:] != space.shape:
+                fail(f"{path}: {key} {columns[key].shape[1:]} do not fit {gym_id}'s {space.shape}: is --env-id right?")
+        if "timeouts" not in columns and env.spec and env.spec.max_episode_steps:
+            columns["timeouts"] = timeouts_by_limit(columns["terminals"].astype(bool), env.spec.max_episode_steps)
+        env.close()
+    return columns, make_env, reference, source
+
+
+def timeouts_by_limit(terminals: np.ndarray, limit: int) -> np.ndarray:
+    """(N,) bool, the rows that D4RL's qlearning_dataset takes for timeouts where the file does not say.
+
+    Its step counter starts at 1, not 0, after a terminal row that is kept; so does this one, for the same rows.
+    """
+    timeouts, start, counter = np.zeros(len(terminals), bool), 0, 0
+    for end in [*np.flatnonzero(terminals), len(terminals) - 1]:
+        timeouts[start : end + 1] = np.arange(counter, counter + end + 1 - start) % limit == limit - 1
+        start, counter = end + 1, int(not timeouts[end])
+    return timeouts
+
+
+def make_transitions(columns: Columns, args: Args, limit: int = 1_000) -> tuple[np.ndarray, Transform]:
+    """Rows [s, a, s', r, mask] of D4RL's qlearning_dataset, (N, S+A+S+2) float32, and the transform they went through.
+
+    Timeout rows and the last row are dropped, terminal rows kept; mask is 0 on terminal rows, else 1.
+    """
+    obs, rewards, terminals = columns["observations"], columns["rewards"], columns["terminals"].astype(bool)
+    timeouts = columns["timeouts"].astype(bool) if "timeouts" in columns else timeouts_by_limit(terminals, limit)
+    keep = ~timeouts & (np.arange(len(obs)) < len(obs) - 1)
+    next_obs = columns.get("next_observations", np.roll(obs, -1, axis=0))
+    transform = Transform()
+    if args.reward_transform == "return-range":
+        starts = np.flatnonzero(np.append(True, (terminals | timeouts)[:-1]))
+        returns = np.add.reduceat(rewards.astype(np.float64), starts)
+        transform = transform._replace(reward_scale=1_000 / (float(np.ptp(returns)) or 1_000))
+    elif args.reward_transform == "minus-one":
+        transform = transform._replace(reward_shift=-1.0)
+    elif args.reward_transform == "times-four":
+        transform = transform._replace(reward_shift=-0.5, reward_scale=4.0)
+    elif args.reward_transform == "min-max":
+        low, high = float(rewards.min()), float(rewards.max())
+        transform = transform._replace(reward_shift=-(low + high) / 2, reward_scale=2 / max(high - low, 1e-6))
+    transform = transform._replace(reward_scale=transform.reward_scale * args.reward_scale)
+    if args.observation_transform != "none":
+        axis = 0 if args.observation_transform == "per-dimension" else None
+        mean, std = obs.mean(axis, dtype=np.float64), obs.std(axis, dtype=np.float64)
+        transform = transform._replace(obs_shift=-mean, obs_scale=1 / std.clip(1e-3))
+    r, mask = transform.reward(rewards)[:, None], ~terminals[:, None]
+    actions = columns["actions"].clip(-0.999, 0.999)  # as the official code
+    parts = (transform.obs(obs), actions, transform.obs(next_obs), r, mask)
+    return np.concatenate([part[keep].astype(np.float32) for part in parts], axis=1), transform
+
+
+# ------------------------------------------------------------------------------------------------------------ Networks
+class Mish(torch.autograd.Function):
+    """x tanh(softplus(x)) = x (2 / (1 + (1 - p)^2) - 1) with p = sigmoid(x): nn.Mish, on a CPU three times as fast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        p = torch.sigmoid(x)
+        w = (1 - p).square_().add_(1).reciprocal_()
+        if not ctx.needs_input_grad[0]:
+            return w.mul_(2).sub_(1).mul_(x)
+        u = torch.addcmul(w, w, w, value=-1).mul_(p).mul_(x)
+        t = w.mul_(2).sub_(1)
+        y = t * x
+        ctx.save_for_backward(t.add_(u, alpha=4))  # dy/dx = t + 4 x p (w - w^2)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0]
+
+
+class MLP(nn.Module):
+    """Mish network, initialised like the official code's (flax: LeCun normal, there truncated, zero bias)."""
+
+    def __init__(self, inputs: int, outputs: int, hidden: tuple[int, ...] = (256, 256, 256)) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for fan_in, fan_out in zip((inputs, *hidden), (*hidden, outputs), strict=True):
+            layer = nn.Linear(fan_in, fan_out)
+            nn.init.normal_(layer.weight, std=fan_in**-0.5)
+            nn.init.zeros_(layer.bias)
+            self.layers.append(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = Mish.apply(layer(x))
+        return self.layers[-1](x)
+
+
+class Critic(nn.Module):
+    """Twin Q(s, a): (B, S), (B, A) -> (B,), (B,)."""
+
+    def __init__(self, obs_dim: int, act_dim: int) -> None:
+        super().__init__()
+        self.q1, self.q2 = MLP(obs_dim + act_dim, 1), MLP(obs_dim + act_dim, 1)
+
+    def forward(self, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        sa = torch.cat([s, a], dim=1)
+        return self.q1(sa)[:, 0], self.q2(sa)[:, 0]
+
+    def min(self, s: Tensor, a: Tensor) -> Tensor:
+        return torch.minimum(*self(s, a))
+
+
+class Actor(nn.Module):
+    """Tanh-Gaussian policy: states (B, S), standard normal noise (B, A) -> actions (B, A), log pi(a|s) (B,)."""
+
+    def __init__(self, obs_dim: int, act_dim: int) -> None:
+        super().__init__()
+        self.net = MLP(obs_dim, 2 * act_dim)
+
+    def forward(self, s: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = self.net(s).chunk(2, dim=-1)
+        log_std = log_std.clamp(-5, 2)  # as is usual for SAC
+        u = mean + log_std.exp() * epsilon
+        log_normal = -0.5 * epsilon.square() - log_std - 0.5 * math.log(2 * math.pi)
+        log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2)
+        return u.tanh(), (log_normal - log_slope).sum(-1)
+
+    def mode(self, s: Tensor) -> Tensor:
+        return self.net(s).chunk(2, dim=-1)[0].tanh()
+
+
+class Denoiser(nn.Module):
+    """D_theta(x; sigma) of Karras et al.: x = (s, a, s') (B, D), normalised, with the first `held` columns given clean.
+
+    One network for p(x), p(a, s' | s) and p(s' | s, a): it is told how many blocks are given, sees them without noise,
+    and hands them back.
+    """
+
+    def __init__(self, dim: int, width: int, layers: int, helds: tuple[int, ...]) -> None:
+        super().__init__()
+        self.helds = helds  # columns that can be given: 0, S, S + A
+        self.first = nn.Linear(dim + 16 + len(helds), width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width)) for _ in range(layers)
+        )
+        self.last = nn.Linear(width, dim)
+        self.frequencies = nn.Buffer(math.pi * 2.0 ** torch.arange(-2, 6), persistent=False)
+
+    def forward(self, x: Tensor, sigma: Tensor, held: int = 0) -> Tensor:
+        sigma = sigma.expand(len(x))[:, None]
+        total = sigma.square() + 1  # sigma_data = 1: x is normalised
+        c_skip, c_out, c_in, c_noise = 1 / total, sigma / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
+        scale = torch.where(torch.arange(x.shape[1], device=x.device) < held, 1.0, c_in)  # given columns have no noise
+        angles = c_noise * self.frequencies
+        which = torch.zeros(len(x), len(self.helds), device=x.device)
+        which[:, self.helds.index(held)] = 1
+        h = self.first(torch.cat([scale * x, angles.cos(), angles.sin(), which], dim=1))
+        for block in self.blocks:
+            h = h + block(h)
+        return torch.cat([x[:, :held], (c_skip * x + c_out * self.last(h))[:, held:]], dim=1)
+
+
+class Energies(nn.Module):
+    """E1(s), E2(a|s), E3(s'|s, a), each (B,), of noised x (B, D) at sigma (B,); e^E = nu / mu at that noise level."""
+
+    def __init__(self, obs_dim: int, act_dim: int) -> None:
+        super().__init__()
+        self.ends = (obs_dim, obs_dim + act_dim, 2 * obs_dim + act_dim)  # of s, a, s' in x
+        self.nets = nn.ModuleList(MLP(end + 1, 1) for end in self.ends)
+
+    def forward(self, i: int, x: Tensor, sigma: Tensor) -> Tensor:
+        """E_{i + 1} of x (..., D) or its first columns at sigma (...)."""
+        scaled = x[..., : self.ends[i]] / (sigma.square() + 1).sqrt()[..., None]
+        return self.nets[i](torch.cat([scaled, sigma.log()[..., None] / 4], dim=-1))[..., 0]
+
+
+class TransitionModel(nn.Module):
+    """Reward and logit of termination, each (B,), of x = (s, a, s') (B, D), normalised."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.net = MLP(dim, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net(x).unbind(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------- Diffusion
+Guidance = Callable[[Tensor, Tensor], Tensor]  # x (B, D), sigma () -> sum lambda_i grad E_i (B, D)
+
+
+class EDM:
+    """Noise levels and stochastic Heun sampler of Karras et al., Algorithm 2, with guidance and given columns."""
+
+    def __init__(self, steps: int, churn: float, device: torch.device) -> None:
+        low, high, rho = 0.002, 80.0, 7
+        sigma = (np.linspace(high ** (1 / rho), low ** (1 / rho), steps)) ** rho
+        gamma = np.where((sigma >= 0.05) & (sigma <= 50), min(churn / steps, math.sqrt(2) - 1), 0)
+        self.noise_scale = 1.003
+        self.sigma = torch.as_tensor(np.append(sigma, 0), dtype=torch.float32, device=device)
+        self.sigma_hat = torch.as_tensor(sigma * (1 + gamma), dtype=torch.float32, device=device)  # after churning
+
+    @torch.no_grad()
+    def sample(
+        self, denoise: Callable[..., Tensor], x: Tensor, guidance: Guidance | None = None, held: int = 0,
+        visit: Callable[[int, Tensor], None] | None = None, generator: torch.Generator | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x (B, D) -> samples (B, D): standard normal, but for the first `held` columns, which are given and kept.
+
+        `visit` is shown the noised x at each sigma_hat.
+        """
+
+        def derivative(x: Tensor, sigma: Tensor) -> Tensor:  # dx / dsigma
+            d = (x - denoise(x, sigma, held)) / sigma  # zero in given columns
+            return d if guidance is None else d + sigma * guidance(x, sigma)
+
+        x = torch.cat([x[:, :held], x[:, held:] * self.sigma[0]], dim=1)
+        for i, sigma_hat in enumerate(self.sigma_hat):
+            sigma, sigma_next = self.sigma[i], self.sigma[i + 1]
+            z = torch.randn(x.shape, generator=generator, device=x.device)
+            z[:, :held] = 0
+            x = x + (sigma_hat.square() - sigma.square()).clamp(min=0).sqrt() * self.noise_scale * z
+            if visit is not None:
+                visit(i, x)
+            d = derivative(x, sigma_hat)
+            x_next = x + (sigma_next - sigma_hat) * d
+            if i + 1 < len(self.sigma_hat):  # Heun's correction, but for the step to sigma = 0
+                x_next = x + (sigma_next - sigma_hat) * (d + derivative(x_next, sigma_next)) / 2
+            x = x_next
+        return x
+
+
+def make_guidance(energies: Energies, scales: tuple[float, float, float], full: bool, clip: float) -> Guidance:
+    """sum lambda_i grad E_i (B, D) in normalised coordinates, its norm at most clip sqrt(D).
+
+    Each energy's gradient acts on its own block, s, a or s', unless `full`.
+    """
+
+    @torch.enable_grad()
+    def guidance(x: Tensor, sigma: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        total, start = torch.zeros((), device=x.device), 0
+        for i, (end, scale) in enumerate(zip(energies.ends, scales, strict=True)):
+            if scale:
+                given = x[:, :start] if full else x[:, :start].detach()
+                seen = torch.cat([given, x[:, start:end]], dim=1)
+                total = total + scale * energies(i, seen, sigma.expand(len(x))).sum()
+            start = end
+        gradient = torch.autograd.grad(total, x)[0]
+        bound = clip * math.sqrt(x.shape[1])
+        return gradient * (bound / gradient.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+
+    return guidance
+
+
+# -------------------------------------------------------------------------------------------------------------- Losses
+def critic_losses(q1: Tensor, q2: Tensor, r: Tensor, mask: Tensor, next_v: Tensor, gamma: float) -> list[Tensor]:
+    """Mean squared error of each critic against r + gamma mask V(s'), all (B,)."""
+    target = r + gamma * mask * next_v
+    return [(q - target).square().mean() for q in (q1, q2)]
+
+
+def cql_penalty(q: Tensor, log_density: Tensor, q_data: Tensor) -> Tensor:
+    """CQL(H): log of the importance-sampled mean of exp Q over M actions, (M, B), above Q of the data, (B,)."""
+    return ((q - log_density).logsumexp(0) - math.log(len(q)) - q_data).mean()
+
+
+def actor_loss(q: Tensor, log_pi: Tensor, alpha: Tensor) -> Tensor:
+    """SAC: alpha log pi - Q, (B,) -> ()."""
+    return (alpha * log_pi - q).mean()
+
+
+def temperature_loss(log_alpha: Tensor, log_pi: Tensor, target_entropy: float) -> Tensor:
+    """alpha falls while the entropy exceeds its target, -A."""
+    return -(log_alpha.exp() * (log_pi.detach() + target_entropy)).mean()
+
+
+def edm_loss(denoise: Callable[..., Tensor], x: Tensor, sigma: Tensor, noise: Tensor, held: int = 0) -> Tensor:
+    """Karras et al.: (sigma^2 + 1) / sigma^2 ||D(x + sigma n; sigma) - x||^2 over what is not given; sigma (B,)."""
+    noised = torch.cat([x[:, :held], (x + sigma[:, None] * noise)[:, held:]], dim=1)
+    error = (denoise(noised, sigma, held) - x)[:, held:].square().mean(1)
+    return ((sigma.square() + 1) / sigma.square() * error).mean()
+
+
+def info_nce(positive: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
+    """InfoNCE of energies (B,) against each one's own negatives (B, K), and (B,) where the positive is found."""
+    logits = -torch.cat([positive[:, None], negatives], dim=1)
+    return -logits.log_softmax(1)[:, 0].mean(), logits.argmax(1) == 0
+
+
+def model_loss(reward: Tensor, logit: Tensor, r: Tensor, mask: Tensor) -> Tensor:
+    """Squared error of the reward and cross-entropy of the termination, all (B,)."""
+    return (reward - r).square().mean() + nn.functional.binary_cross_entropy_with_logits(logit, 1 - mask)
+
+
+def monte_carlo_returns(rewards: np.ndarray, ends: np.ndarray, gamma: float) -> np.ndarray:
+    """(N,) discounted return to go; an episode ends at a terminal, a timeout (ends) and at the file's end."""
+    returns, total = np.zeros(len(rewards)), 0.0
+    for i in range(len(rewards) - 1, -1, -1):
+        total = rewards[i] + gamma * total * (not ends[i])
+        returns[i] = total
+    return returns
+
+
+def energy_distance(x: Tensor, y: Tensor) -> Tensor:
+    """2 E|x - y| - E|x - x'| - E|y - y'| (Szekely) of samples (N, D), (M, D): 0 for equal distributions."""
+    within = [torch.cdist(z, z).sum() / (len(z) * (len(z) - 1)) for z in (x, y)]
+    return 2 * torch.cdist(x, y).mean() - within[0] - within[1]
+
+
+# -------------------------------------------------------------------------------------------------------------- Update
+class Buffer:
+    """Rows (capacity, D) on the device; the oldest are overwritten."""
+
+    def __init__(self, capacity: int, dim: int, device: torch.device) -> None:
+        self.rows, self.count = torch.zeros(capacity, dim, device=device), 0
+
+    def __len__(self) -> int:
+        return min(self.count, len(self.rows))
+
+    def add(self, rows: Tensor) -> None:
+        self.rows[(self.count + torch.arange(len(rows), device=rows.device)) % len(self.rows)] = rows
+        self.count += len(rows)
+
+    def recent(self, n: int) -> Tensor:
+        """The last n rows or fewer, oldest first."""
+        n = min(n, len(self))
+        return self.rows[(self.count - n + torch.arange(n, device=self.rows.device)) % len(self.rows)]
+
+    def sample(self, n: int) -> Tensor:
+        return self.rows[torch.randint(len(self), (n,), device=self.rows.device)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.recent(len(self)).clone()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.count = 0
+        self.add(saved["rows"].to(self.rows.device))
+
+
+class Interaction:
+    """The online environment. Its state is the episode's number and actions so far, which a resume plays again."""
+
+    def __init__(self, env: gym.Env, seed: int) -> None:
+        self.env, self.seed, self.episode = env, seed, -1
+        self.start()
+
+    def start(self) -> None:
+        self.episode += 1
+        self.obs, _ = self.env.reset(seed=int(np.random.default_rng([self.seed, self.episode]).integers(2**31)))
+        self.actions: list[np.ndarray] = []
+        self.rewards: list[float] = []
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
+        """Next observation, reward, terminated, episode's end."""
+        self.obs, reward, terminated, truncated, _ = self.env.step(action)
+        self.actions.append(action)
+        self.rewards.append(float(reward))
+        return self.obs, float(reward), terminated, terminated or truncated
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"episode": self.episode, "actions": torch.as_tensor(np.array(self.actions))}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.episode = saved["episode"] - 1
+        self.start()
+        for action in saved["actions"].numpy():
+            self.step(action)
+
+
+def make_networks(obs_dim: int, act_dim: int, args: Args, device: torch.device) -> dict[str, Any]:
+    """The agent's networks, then those of the synthetic data."""
+    dim, critic = 2 * obs_dim + act_dim, Critic(obs_dim, act_dim)
+    networks: dict[str, Any] = {"actor": Actor(obs_dim, act_dim), "critic": critic}
+    networks["critic_target"] = copy.deepcopy(critic).requires_grad_(False)
+    networks["temperature"] = nn.ParameterDict({"log_alpha": torch.zeros(())})
+    helds = (0, obs_dim, obs_dim + act_dim)
+    networks["denoiser"] = Denoiser(dim, args.denoiser_width, args.denoiser_layers, helds)
+    networks["denoiser_ema"] = copy.deepcopy(networks["denoiser"]).requires_grad_(False)
+    networks["energies"], networks["model"] = Energies(obs_dim, act_dim), TransitionModel(dim)
+    return {name: network.to(device) for name, network in networks.items()}
+
+
+def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
+    """The update of SAC with CQL's penalty, rows and its coefficient -> metrics, and its optimisers."""
+    actor, critic, critic_target = (networks[name] for name in ("actor", "critic", "critic_target"))
+    log_alpha = networks["temperature"]["log_alpha"]
+    rates = {"actor": args.actor_lr, "critic": args.critic_lr, "temperature": args.actor_lr}
+    parameters = {name: list(networks[name].parameters()) for name in rates}
+    fused = log_alpha.device.type in ("cpu", "cuda")
+    optimizers = {name: torch.optim.Adam(parameters[name], lr=lr, fused=fused) for name, lr in rates.items()}
+
+    def descend(name: str, loss: Tensor) -> None:
+        optimizers[name].zero_grad()
+        loss.backward(inputs=parameters[name])  # and nothing into the other networks
+        optimizers[name].step()
+
+    def penalty(s: Tensor, next_s: Tensor, mc: Tensor, q1: Tensor, q2: Tensor) -> Tensor:
+        """CQL's penalty of both critics; Cal-QL: the policy's actions are worth at least the Monte-Carlo return."""
+        M, (B, A) = args.cql_actions, (len(s), actor.net.layers[-1].out_features // 2)
+        with torch.no_grad():
+            uniform = 2 * torch.rand(M, B, A, device=s.device) - 1
+            pairs = [actor(states.expand(M, -1, -1), torch.randn(M, B, A, device=s.device)) for states in (s, next_s)]
+            actions = torch.cat([uniform, *(a for a, _ in pairs)])
+            log_density = torch.cat([torch.full((M, B), -A * math.log(2), device=s.device), *(p for _, p in pairs)])
+        penalties = []
+        for q, q_data in zip(critic(s.repeat(3 * M, 1), actions.flatten(0, 1)), (q1, q2), strict=True):
+            q = q.view(3 * M, B)
+            if args.calibrate:
+                q = torch.cat([q[:M], q[M:].maximum(mc)])
+            penalties.append(cql_penalty(q, log_density, q_data))
+        return sum(penalties, torch.zeros((), device=s.device))
+
+    def update(
+        s: Tensor, a: Tensor, next_s: Tensor, r: Tensor, mask: Tensor, mc: Tensor, cql_alpha: float
+    ) -> dict[str, Tensor]:
+        alpha = log_alpha.exp().detach()
+        with torch.no_grad():
+            next_a, next_log_pi = actor(next_s, torch.randn_like(a))
+            next_v = critic_target.min(next_s, next_a) - alpha * next_log_pi
+        q1, q2 = critic(s, a)
+        qf1_loss, qf2_loss = critic_losses(q1, q2, r, mask, next_v, args.gamma)
+        cql_loss = penalty(s, next_s, mc, q1, q2) if cql_alpha else torch.zeros((), device=s.device)
+        descend("critic", qf1_loss + qf2_loss + cql_alpha * cql_loss)
+
+        new_a, log_pi = actor(s, torch.randn_like(a))
+        policy_loss = actor_loss(critic.min(s, new_a), log_pi, alpha)
+        descend("actor", policy_loss)
+        descend("temperature", temperature_loss(log_alpha, log_pi, -a.shape[1]))
+        with torch.no_grad():
+            for target, parameter in zip(critic_target.parameters(), critic.parameters(), strict=True):
+                target.lerp_(parameter, args.tau)
+        losses = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "cql_loss": cql_loss, "policy_loss": policy_loss}
+        losses |= {"alpha": alpha, "entropy": -log_pi.mean(), "q_mean": q1.mean(), "q_max": q1.max()}
+        return {f"losses/{name}": loss.detach() for name, loss in losses.items()}
+
+    return update, optimizers
+
+
+def train_denoiser(args: Args, denoiser: Denoiser, ema: Denoiser, denoise: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """Train on normalised transitions x (N, D) of one round, from where the last one ended; the mean loss."""
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=args.denoiser_lr, fused=x.device.type in ("cpu", "cuda"))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.denoiser_updates, 1))
+    mean = torch.zeros((), device=x.device)
+    for _ in range(args.denoiser_updates):
+        batch = x[torch.randint(len(x), (args.denoiser_batch,), device=x.device)]
+        sigma = (1.2 * torch.randn(len(batch), device=x.device) - 1.2).exp()  # P_mean, P_std of Karras et al.
+        held = denoiser.helds[max(int(torch.randint(-1, 3, ())), 0)]  # half of the updates: nothing is given
+        loss = edm_loss(denoise, batch, sigma, torch.randn_like(batch), held)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            for averaged, parameter in zip(ema.parameters(), denoiser.parameters(), strict=True):
+                averaged.lerp_(parameter, 1 - args.denoiser_ema)
+            mean += loss / args.denoiser_updates
+    return mean.detach()
+
+
+def train_model(args: Args, model: TransitionModel, x: Tensor, r: Tensor, mask: Tensor) -> Tensor:
+    """Train rewards and terminations on transitions (N, D), (N,), (N,); the mean loss."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.energy_lr, fused=x.device.type in ("cpu", "cuda"))
+    mean = torch.zeros((), device=x.device)
+    for _ in range(args.model_updates):
+        index = torch.randint(len(x), (args.batch_size,), device=x.device)
+        reward, logit = model(x[index])
+        loss = model_loss(reward, logit, r[index], mask[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        mean += loss.detach() / args.model_updates
+    return mean
+
+
+@torch.no_grad()
+def make_pools(args: Args, edm: EDM, denoise: Callable[..., Tensor], conditions: Tensor, energies: Energies) -> list:
+    """Negatives at every level, as one unguided pass of the sampler goes through them.
+
+    (levels, P, S) states; for P conditions (P, D), normalised transitions: (levels, P, K, A) actions given their
+    states and (levels, P, K, S) next states given states and actions.
+    """
+    levels, (P, D), K = len(edm.sigma_hat), conditions.shape, args.negatives
+    pools, start = [], 0
+    for i, end in enumerate(energies.ends):
+        copies = conditions.repeat_interleave(K, dim=0) if i else conditions
+        x = torch.cat([copies[:, :start], torch.randn(len(copies), D - start, device=conditions.device)], dim=1)
+        pool = torch.empty(levels, len(copies), end - start, device=conditions.device)
+        for rows in torch.arange(len(x), device=x.device).split(args.chunk):
+
+            def visit(level: int, x: Tensor, rows: Tensor = rows, pool: Tensor = pool, block=slice(start, end)) -> None:
+                pool[level, rows] = x[:, block]
+
+            edm.sample(denoise, x[rows], held=start, visit=visit)
+        pools.append(pool.view(levels, P, K, -1) if i else pool)
+        start = end
+    return pools
+
+
+def energy_batch(
+    i: int, edm: EDM, energies: Energies, pools: list, conditions: Tensor, positives: Tensor, level: Tensor, K: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Noised positives (B, end) of E_{i + 1} at levels (B,), and sets of K negatives (B, K, end) of each.
+
+    `positives` (P, end) are E1's states, or belong to the conditions (P, D), row by row: then the first set shares the
+    positive's condition, and the second has other ones.
+    """
+    sigma = edm.sigma_hat[level][:, None]
+    start, end, device = (0, *energies.ends)[i], energies.ends[i], level.device
+    which = torch.randint(len(positives), (len(level),), device=device)
+    positive = positives[which] + sigma * torch.randn(len(level), end, device=device)
+    any_row = torch.randint(pools[i].shape[1], (len(level), K), device=device)
+    if i == 0:
+        return positive, [pools[0][level[:, None], any_row]]
+    sets = []
+    for rows, copies in (
+        (which[:, None], torch.arange(K, device=device)),
+        (any_row, torch.randint(K, (1,), device=device)),
+    ):
+        given = conditions[rows.expand(-1, K), :start] + sigma[..., None] * torch.randn(
+            len(level), K, start, device=device
+        )
+        sets.append(torch.cat([given, pools[i][level[:, None], rows, copies]], dim=2))
+    return positive, sets
+
+
+class Round(NamedTuple):
+    """What a round of training and generation works on."""
+
+    args: Args
+    networks: dict[str, Any]
+    edm: EDM
+    mean: Tensor  # of x = (s, a, s'), (D,), offline data
+    std: Tensor
+    simulate: Callable[[Tensor, Tensor], Tensor] | None  # s, a -> s' by the environment itself
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+    def policy(self, s: Tensor) -> Tensor:
+        """Actions (B, A) of the current policy in normalised states (B, S), normalised."""
+        S, actor = s.shape[1], self.networks["actor"]
+        A = len(self.mean) - 2 * S
+        with torch.no_grad():
+            a, _ = actor(s * self.std[:S] + self.mean[:S], torch.randn(len(s), A, device=s.device))
+        return (a - self.mean[S : S + A]) / self.std[S : S + A]
+
+    def train_energies(self, recent: Tensor, denoise: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """Train the three energies with positives of recent transitions (N, D); their accuracies by noise level."""
+        args, edm, energies = self.args, self.edm, self.networks["energies"]
+        S, device = energies.ends[0], recent.device
+        conditions = recent[torch.randint(len(recent), (args.pool,), device=device)]
+        pools = make_pools(args, edm, denoise, conditions, energies)
+        optimizer = torch.optim.Adam(energies.parameters(), lr=args.energy_lr, fused=device.type in ("cpu", "cuda"))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.energy_updates, 1))
+        edges = torch.tensor([0.1, 1.0, 10.0], device=device)  # of sigma, for the accuracies
+        hits, tries = torch.zeros(3, 4, device=device), torch.full((3, 4), 1e-9, device=device)
+        for update in range(args.energy_updates):
+            level = torch.randint(len(edm.sigma_hat), (args.energy_batch,), device=device)
+            a = self.policy(conditions[:, :S])
+            losses = []
+            for i, positives in enumerate((recent[:, :S], torch.cat([conditions[:, :S], a], dim=1), conditions)):
+                batch = energy_batch(i, edm, energies, pools, conditions, positives, level, args.negatives)
+                sigma = edm.sigma_hat[level]
+                several, positive = sigma[:, None].expand(-1, args.negatives), energies(i, batch[0], sigma)
+                for negatives in reversed(batch[1]):  # found: among its own
+                    loss, found = info_nce(positive, energies(i, negatives, several))
+                    losses.append(loss)
+                if 2 * update >= args.energy_updates:
+                    bins = torch.bucketize(sigma, edges)
+                    hits[i].index_add_(0, bins, found.float())
+                    tries[i].index_add_(0, bins, torch.ones_like(sigma))
+            optimizer.zero_grad()
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+            schedule.step()
+        blocks, ends = ("state", "policy", "transition"), (0.1, 1, 10, 80)
+        names = [f"{block}_accuracy_sigma_{end}" for block in blocks for end in ends]
+        return dict(zip(names, (hits / tries).flatten(), strict=True))
+
+    def generate(self, n: int, denoise: Callable[..., Tensor], guidance: Guidance | None) -> Tensor:
+        """(n, D) synthetic transitions, normalised, in chunks that bound the memory."""
+        sizes = [min(self.args.chunk, n - done) for done in range(0, n, self.args.chunk)]
+        noise = (torch.randn(size, len(self.mean), device=self.mean.device) for size in sizes)
+        return torch.cat([self.edm.sample(denoise, x, guidance) for x in noise])
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Rows [s, a, s', r, mask, Monte-Carlo return] of synthetic transitions x (N, D); the return is not known."""
+        with torch.no_grad():
+            reward, logit = self.networks["model"](x)
+        S = self.networks["energies"].ends[0]
+        x = x * self.std + self.mean
+        s, a, next_s = x.split([S, x.shape[1] - 2 * S, S], dim=1)
+        columns = [s, a.clamp(-0.999, 0.999), next_s, reward[:, None], (logit < 0).float()[:, None]]
+        return torch.cat([*columns, torch.full_like(reward, -math.inf)[:, None]], dim=1)
+
+    def distances(self, x: Tensor, recent: Tensor) -> dict[str, Tensor]:
+        """How far transitions x (N, D) are from the recent states, the policy's actions and the environment's dynamics.
+
+        state: energy distance of the states; policy: mean |a - a'| - mean |a' - a''| / 2, a', a'' of the policy in the
+        same state (the energy score: least where a is the policy's); dynamics: root mean square of s' against the
+        environment's, in standard deviations of the data.
+        """
+        S = self.networks["energies"].ends[0]
+        s, a = x[:, :S], x[:, S:-S]
+        one, other = self.policy(s), self.policy(s)
+        found = {"state": energy_distance(s, recent[torch.randint(len(recent), (len(s),), device=s.device), :S])}
+        found["policy"] = (a - one).norm(dim=1).mean() - 0.5 * (one - other).norm(dim=1).mean()
+        if self.simulate:
+            raw = x * self.std + self.mean
+            truth = self.simulate(raw[:, :S], raw[:, S:-S].clamp(-1, 1))
+            error = (truth - raw[:, -S:]) / self.std[-S:]
+            found["dynamics"] = error.square().mean().sqrt()
+        return found
+
+    def __call__(self, x: Tensor, r: Tensor, mask: Tensor, recent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Train on transitions x (N, D), steer towards the recent ones (M, D); synthetic rows and metrics."""
+        args, energies, ema = self.args, self.networks["energies"], self.networks["denoiser_ema"]
+        x, recent = self.normalize(x), self.normalize(recent)
+        denoise: list[Callable[..., Tensor]] = [self.networks["denoiser"], ema]
+        if args.compile == "on" or (args.compile == "auto" and x.device.type == "cuda"):
+            torch._dynamo.config.suppress_errors = True  # without a C++ compiler: eager, and a warning
+            denoise = [torch.compile(network) for network in denoise]
+        loss = train_denoiser(args, self.networks["denoiser"], ema, denoise[0], x)
+        metrics = {"losses/denoiser_loss": loss}
+        metrics["losses/model_loss"] = train_model(args, self.networks["model"], x, r, mask)
+        plain, guidance = self.generate(min(args.samples, 1_000), denoise[1], None), None
+        metrics |= {f"unguided/{name}": value for name, value in self.distances(plain, recent).items()}
+        if args.augmentation == "edis":
+            metrics |= {f"energies/{name}": value for name, value in self.train_energies(recent, denoise[1]).items()}
+            scales = (
+                args.state_scale * args.state_energy,
+                args.policy_scale * args.policy_energy,
+                args.transition_scale * args.transition_energy,
+            )
+            guidance = make_guidance(energies, scales, args.full_gradient, args.guidance_clip)
+        begin = time.time()
+        made = self.generate(args.samples, denoise[1], guidance)
+        metrics["charts/generated_per_second"] = torch.tensor(len(made) / (time.time() - begin))
+        if guidance:
+            metrics |= {f"guided/{name}": value for name, value in self.distances(made[: len(plain)], recent).items()}
+        return self.rows(made), metrics
+
+
+def make_simulator(env: gym.Env, transform: Transform, obs_dim: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """(states (N, S), actions (N, A)) -> next states by a MuJoCo environment; None where a state has no qpos, qvel."""
+    core: Any = env.unwrapped
+    if not hasattr(core, "set_state") or core.model.nq - 1 + core.model.nv != obs_dim:
+        return None
+
+    def simulate(states: Tensor, actions: Tensor) -> Tensor:
+        raw = states.cpu().numpy() / transform.obs_scale - transform.obs_shift
+        found = []
+        for obs, action in zip(raw, actions.cpu().numpy(), strict=True):
+            qpos = np.append(0.0, obs[: core.model.nq - 1])  # the root's position along x is not observed
+            core.set_state(qpos, obs[core.model.nq - 1 :])
+            found.append(core.step(action)[0])
+        return torch.as_tensor(transform.obs(np.array(found)), dtype=torch.float32, device=states.device)
+
+    env.reset(seed=0)
+    return simulate
+
+
+# ---------------------------------------------------------------------------------------------------------- Evaluation
+def make_envs(make_env: Callable[..., gym.Env], args: Args) -> list[gym.Env]:
+    """One environment per evaluation episode; with --capture-video the first can render, else exit 2."""
+    try:
+        envs = [make_env() for _ in range(args.eval_episodes)]
+    except Exception as error:  # a dependency of the environment is missing
+        fail(f"environment of {args.env_id}: {error!r}")
+    if args.capture_video:
+        try:
+            envs[0] = make_env(render_mode="rgb_array")
+            envs[0].reset()
+            envs[0].render()
+        except Exception as error:  # every GL backend has its own kind
+            fail(f"--capture-video cannot render: {error!r}; without a display try MUJOCO_GL=egl or MUJOCO_GL=osmesa")
+    return envs
+
+
+def evaluate(act: Callable, envs: list[gym.Env], seeds: list[int], stop: list[int]) -> list[dict[str, Any]]:
+    """One episode per environment, side by side; act maps observations (n, S) to actions. [] once `stop` fills."""
+    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
+    rows = [{"episode": i, "seed": seed, "return": 0.0, "length": 0} for i, seed in enumerate(seeds)]
+    running = list(range(len(envs)))
+    while running:
+        if stop:
+            return []
+        for i, action in zip(list(running), act(np.stack([obs[i] for i in running])), strict=True):
+            obs[i], reward, terminated, truncated, info = envs[i].step(action)
+            rows[i]["return"] += float(reward)
+            rows[i]["length"] += 1
+            if "success" in info:  # Adroit, AntMaze: reached at any step
+                rows[i]["success"] = int(bool(info["success"]) or rows[i].get("success", 0))
+            if terminated or truncated:
+                running.remove(i)
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------- Run files
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """The checkpoint of a run folder, or that file; exit 2 if there is none."""
+    file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        Args(**checkpoint["args"])  # KeyError, TypeError: not of this script, or of another version
+        return {**checkpoint, "run_dir": str(file.parent)}
+    except Exception as error:  # whatever torch.load raises: this is no checkpoint of ours
+        fail(f"--resume {path}: {str(error) or type(error).__name__}")
+
+
+def describe(args: Args, source: dict[str, str], device: torch.device) -> dict[str, Any]:
+    """What args.json holds: arguments and where each came from, versions, device, commit, data file."""
+    preset, arguments = PRESETS.get(args.env_id, {}), {}
+    for field in dataclasses.fields(Args):
+        value, expected = getattr(args, field.name), preset.get(field.name, field.default)
+        origin = "command line" if value != expected else "preset" if field.name in preset else "default"
+        arguments[field.name] = {"value": value, "source": origin}
+    about = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "h5py")}
+    about |= {"python": platform.python_version(), "device": f"{device}, {platform.machine()}"}
+    git, folder = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
+    done = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True)  # a shell: git may be missing
+    return {"args": arguments, **about, "commit": done.stdout.strip() or None, "dataset": source}
+
+
+class Run:
+    """Folder, metrics, checkpoints, progress and signals of one run."""
+
+    def __init__(self, args: Args, source: dict[str, str], device: torch.device, saved: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.args, self.source, self.device, self.saved = args, source, device, saved
+        self.dir = Path(saved["run_dir"]) if saved else self.make_dir()
+        times = {"train": 0.0, "eval": 0.0, "save": 0.0}
+        self.progress = saved.get("progress", {"step": 0, "evaluations": {}, "times": times})
+        for path in (self.dir / "metrics.jsonl", self.dir / "evaluations.csv"):
+            if path.exists():  # forget what a killed run logged after its checkpoint: it will come again
+                rows = re.findall(r"([^\d\n]*(\d*).*\n)", path.read_text())  # whole rows, their first number: the step
+                path.write_text("".join(row for row, step in rows if int(step or 0) <= self.step))
+        about = describe(args, source, device)
+        (self.dir / "args.json").write_text(json.dumps(about, indent=1) + "\n")
+        arguments = (f"{name} = {entry['value']} ({entry['source']})" for name, entry in about["args"].items())
+        print(self.dir, *arguments, sep="\n  ", flush=True)
+        self.exits = ExitStack()  # leaves loggers, terminal and signal handlers as they were
+        if args.track:
+            import wandb
+
+            self.exits.callback(wandb.finish)
+            names = {"project": args.wandb_project, "entity": args.wandb_entity, "group": args.wandb_group}
+            options: dict[str, Any] = {**names, "mode": args.wandb_mode, "config": vars(args), "dir": str(self.dir)}
+            wandb.init(**options, id=self.dir.name, resume="allow", sync_tensorboard=True)
+        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
+        self.exits.callback(self.writer.close)
+        self.bar = tqdm(total=args.num_updates, initial=self.step, disable=not sys.stderr.isatty(), unit="update")
+        self.exits.callback(self.bar.close)
+        self.stop: list[int] = []  # signals that came
+        for n in (signal.SIGINT, signal.SIGTERM):
+            self.exits.callback(signal.signal, n, signal.signal(n, self.on_signal))
+        self.clock, self.lap_start = time.time(), (self.step, self.progress["times"]["train"])
+
+    @property
+    def step(self) -> int:
+        return self.progress["step"]
+
+    def make_dir(self) -> Path:
+        """A new folder RUNS_DIR/{env_id}__{exp_name}__{seed}__{timestamp}."""
+        stamp = time.time_ns() // 1_000_000  # ms: two runs that start in the same second
+        name = f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}__{stamp}".replace("/", "_")
+        try:
+            (path := Path(self.args.runs_dir) / name).mkdir(parents=True)
+            return path
+        except OSError as error:
+            fail(f"--runs-dir: {error}")
+
+    def on_signal(self, signum: int, frame: Any) -> None:
+        """Let the loop save and end; the same signal again ends the process at once."""
+        self.stop.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last call under `name`."""
+        now = time.time()
+        self.progress["times"][name] += now - self.clock
+        self.clock = now
+
+    @contextmanager
+    def tolerate(self, what: str) -> Iterator[None]:
+        """A full disk costs a row or a checkpoint, not the run."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+            print(f"warning: {what} not written at update {self.step}: {error}", file=sys.stderr)
+
+    def write(self, values: dict[str, float]) -> None:
+        """A row to metrics.jsonl, TensorBoard and a plain line; wandb reads TensorBoard's."""
+        row = {"step": self.step, "time": round(sum(self.progress["times"].values()), 2), **values}
+        with self.tolerate("metrics"), open(self.dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        with self.tolerate("TensorBoard events"):
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, self.step)
+        if self.bar.disable:
+            charts = ", ".join(f"{name[7:]} {value:.1f}" for name, value in values.items() if "charts/" in name)
+            print(f"update {self.step}/{self.args.num_updates}: {charts}", flush=True)
+
+    def log(self, metrics: dict[str, Tensor]) -> None:
+        """Log the last update, once; exit 3 if a value is not finite, with the last checkpoint as it was."""
+        if self.step == self.lap_start[0]:
+            return
+        values = {name: float(tensor) for name, tensor in metrics.items()}
+        self.lap("train")
+        train = self.progress["times"]["train"]
+        values["charts/SPS"] = (self.step - self.lap_start[0]) / max(train - self.lap_start[1], 1e-9)
+        values["charts/minutes_left"] = (self.args.num_updates - self.step) / values["charts/SPS"] / 60
+        self.lap_start = (self.step, train)
+        self.write(values)
+        if not all(map(math.isfinite, values.values())):
+            (self.dir / "diagnostics.json").write_text(json.dumps({"step": self.step, **values}, indent=1) + "\n")
+            print(f"diverged at update {self.step}: not finite, see {self.dir}/diagnostics.json", file=sys.stderr)
+            self.exits.close()
+            raise SystemExit(3)
+
+    def log_evaluation(self, episodes: list[dict[str, Any]], reference: tuple[float, float] | None) -> None:
+        """A row per episode to evaluations.csv, the means to the metrics."""
+        columns = ("step", "episode", "seed", "return", "length", "normalized_score", "success")
+        for row in episodes:
+            row["step"] = self.step
+            if reference:
+                row["normalized_score"] = 100 * (row["return"] - reference[0]) / (reference[1] - reference[0])
+        with self.tolerate("evaluation"), open(self.dir / "evaluations.csv", "a", newline="") as file:
+            table = csv.DictWriter(file, columns, lineterminator="\n")
+            if file.tell() == 0:
+                table.writeheader()
+            table.writerows(episodes)
+        names = {"return": "episodic_return", "length": "episodic_length", "normalized_score": "normalized_score"}
+        mean = {key: float(np.mean([row[key] for row in episodes])) for key in names if key in episodes[0]}
+        self.lap("eval")
+        self.write({f"charts/{names[key]}": value for key, value in mean.items()})
+        self.bar.set_postfix_str(f"return {mean['return']:.0f}")
+        self.progress["evaluations"][self.step] = mean
+
+    def save(self, state: dict[str, Any], transform: Transform) -> None:
+        """Write beside, flush, replace: a kill or a full disk leaves the checkpoint that was there."""
+        self.lap("train")
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        about: dict[str, Any] = {"args": vars(self.args), "dataset": self.source, "rng": rng}
+        about |= {"transform": list(map(torch.as_tensor, transform))}
+        parts = {name: part.state_dict() for name, part in state.items()}
+        temporary = self.dir / "checkpoint.tmp"
+        with self.tolerate("checkpoint"):
+            with open(temporary, "wb") as file:
+                torch.save({**parts, **about, "progress": self.progress}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.dir / "checkpoint.pt")
+        temporary.unlink(missing_ok=True)
+        self.lap("save")
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Networks, optimisers and random generators as the checkpoint has them."""
+        for name, part in state.items():
+            part.load_state_dict(self.saved[name])
+        torch.set_rng_state(self.saved["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in self.saved["rng"]:
+            torch.cuda.set_rng_state(self.saved["rng"]["cuda"], self.device)
+
+    def finish(self) -> dict[str, Any]:
+        """Write and return the result: last, mean of the last ten (the paper's RAT) and best (its OMS) evaluation."""
+        times = self.progress["times"]
+        result = {"updates": self.step, "updates_per_second": self.step / times["train"], "run_dir": str(self.dir)}
+        for name in ("return", "normalized_score"):
+            v = [mean[name] for mean in self.progress["evaluations"].values() if name in mean]
+            result[name] = {"last": v[-1], "mean_of_last_10": float(np.mean(v[-10:])), "best": max(v)} if v else None
+        result |= {"wall_time": sum(times.values()), "evaluation_time": times["eval"]}
+        with self.tolerate("result.json"):
+            (self.dir / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        self.exits.close()
+        print(json.dumps(result, indent=1))
+        return result
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+def set_up(args: Args) -> torch.device:
+    """Login, device, threads and seed, before any data is loaded; exit 2 where one cannot be had."""
+    if args.track and args.wandb_mode == "online":
+        import wandb
+
+        try:
+            problem = "" if wandb.login(prompt=False) else "no key"
+        except Exception as error:  # a key that is malformed or refused, no network
+            problem = str(error)
+        if problem:
+            fail(f"--track: {problem}; `wandb login`, set WANDB_API_KEY, or --wandb-mode offline")
+    try:
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+    torch.set_num_threads(args.num_threads)
+    if sys.platform == "linux":  # keep freed activations: glibc gives them back, and each update faults them in anew
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 32 << 20)
+    torch.manual_seed(args.seed)
+    return device
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Train offline, then online, and evaluate; returns what result.json holds."""
+    check_args(args)
+    device = set_up(args)
+
+    # Data and environments
+    saved = load_checkpoint(args.resume) if args.resume else {}
+    columns, make_env, reference, source = load_task(args)
+    if make_env is None:
+        fail(f"no environment is known for {args.env_id}: the online phase needs one")
+    if saved and saved["dataset"].get("sha256") != source.get("sha256"):
+        fail(f"{source['file']} is not the data that the resumed run was trained on")
+    transitions, transform = make_transitions(columns, args)
+    if not len(transitions):
+        fail(f"{source['file']} holds no transition: D4RL's rule drops timeout rows and the last one")
+    ends = columns["terminals"].astype(bool) | columns["timeouts"].astype(bool)
+    keep = ~columns["timeouts"].astype(bool) & (np.arange(len(ends)) < len(ends) - 1)  # the rows of make_transitions
+    returns = monte_carlo_returns(transform.reward(columns["rewards"].astype(np.float64)), ends, args.gamma)[keep]
+    data = torch.as_tensor(np.column_stack([transitions, returns]), dtype=torch.float32, device=device)
+    obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
+    true_next = "next_observations" in columns  # else that of a terminal row is not the environment's
+    del columns, transitions
+    envs = make_envs(make_env, args)
+    run = Run(args, source, device, saved)
+    print(f"{len(data)} transitions of {source['file']} on {device}")
+    if args.capture_video:
+        options: dict[str, Any] = {
+            "episode_trigger": lambda _: True,
+            "name_prefix": f"from-update-{run.step}",
+        }  # not over older ones
+        envs[0] = gym.wrappers.RecordVideo(envs[0], str(run.dir / "videos"), **options)
+
+    # Networks, optimisers, buffers
+    networks = make_networks(obs_dim, act_dim, args, device)
+    update, optimizers = make_update(args, networks)
+    online = Buffer(args.online_steps + 1, data.shape[1], device)
+    synthetic = Buffer(args.samples, data.shape[1], device)
+    interaction = Interaction(make_env(), args.seed)
+    state = networks | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
+    state |= {"online": online, "synthetic": synthetic, "interaction": interaction}
+    if saved:
+        run.restore(state)
+    D = 2 * obs_dim + act_dim
+    diffused = data if true_next else data[data[:, D + 1] > 0]
+    mean, std = diffused[:, :D].mean(0), diffused[:, :D].std(0).clamp(min=1e-3)
+    edm = EDM(args.sampling_steps, args.churn, device)
+    make_round = Round(args, networks, edm, mean, std, make_simulator(make_env(), transform, obs_dim))
+    actor, generative = networks["actor"], args.augmentation in ("edis", "synther")
+
+    def observe(obs: np.ndarray) -> Tensor:
+        return torch.as_tensor(transform.obs(obs), dtype=torch.float32, device=device)
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return actor.mode(observe(obs)).cpu().numpy()
+
+    def interact() -> None:
+        """One step of the policy in the environment, into the online buffer."""
+        s = observe(interaction.obs)
+        with torch.no_grad():
+            a, _ = actor(s[None], torch.randn(1, act_dim, device=device))
+        a = a[0].clamp(-0.999, 0.999)
+        obs, reward, terminated, end = interaction.step(a.cpu().numpy())
+        tail = torch.tensor([transform.reward(reward), 1.0 - terminated, -math.inf], device=device)
+        online.add(torch.cat([s, a, observe(obs), tail])[None].float())
+        if end:
+            rewards = transform.reward(np.array(interaction.rewards))
+            returns = monte_carlo_returns(rewards, np.zeros(len(rewards), bool), args.gamma)
+            online.rows[online.count - len(returns) : online.count, -1] = torch.as_tensor(returns).to(online.rows)
+            notes.update({"charts/online_return": sum(interaction.rewards), "charts/online_length": len(rewards)})
+            interaction.start()
+
+    # Loop
+    metrics: dict[str, Tensor] = {}
+    notes: dict[str, float] = {}  # rows of the next step: what a kill loses with it
+    while True:
+        step, last = run.step, run.step >= args.num_updates
+        if metrics and (
+            run.stop or last or any(step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
+        ):
+            parameters = [p for network in networks.values() for p in network.parameters()]
+            run.log(metrics | {"losses/parameter_norm": nn.utils.get_total_norm(parameters)})
+        if step > 0 and (last or step % args.eval_every == 0) and step not in run.progress["evaluations"]:
+            seeds = np.random.default_rng([args.seed, step]).integers(2**31, size=len(envs)).tolist()
+            if episodes := evaluate(act, envs, seeds, run.stop):
+                run.log_evaluation(episodes, reference)
+                run.save(state, transform)
+        since = step - args.offline_updates - args.first_round
+        due = generative and since >= 0 and since % args.round_every == 0 and not last
+        if metrics and (run.stop or last or due or step % args.save_every == 0):
+            run.save(state, transform)
+        if due and not run.stop:  # a stop or a kill during a round: the resume makes it again
+            x = torch.cat([diffused, online.recent(len(online))])
+            rows, found = make_round(x[:, :D], x[:, D], x[:, D + 1], online.recent(args.positive_buffer)[:, :D])
+            synthetic.add(rows)
+            notes.update({name: float(value) for name, value in found.items()})
+        if run.stop:
+            run.exits.close()
+            print(f"stopped at update {step}; go on with --resume {run.dir}", file=sys.stderr)
+            raise SystemExit(128 + run.stop[0])
+        if last:
+            for env in (*envs, interaction.env):
+                env.close()
+            return run.finish()
+
+        if step >= args.offline_updates:
+            interact()
+        batch = data[torch.randint(len(data), (args.batch_size,), device=device)]
+        if step >= args.offline_updates and len(online) >= args.batch_size:
+            share = 0 if args.augmentation == "none" or (generative and not len(synthetic)) else args.synthetic_ratio
+            n = round(share * args.batch_size)
+            added = synthetic.sample(n) if generative and n else batch[:n]
+            batch = torch.cat([added, online.sample(args.batch_size - n)])
+        s, a, next_s, r, mask, mc = batch.split([obs_dim, act_dim, obs_dim, 1, 1, 1], dim=1)
+        cql_alpha = args.cql_alpha if step < args.offline_updates else args.cql_alpha_online
+        metrics = update(s, a, next_s, r[:, 0], mask[:, 0], mc[:, 0], cql_alpha)
+        run.progress["step"] += 1
+        run.bar.update()
+        if notes:
+            run.write(notes)
+            notes.clear()
+
+
+if __name__ == "__main__":
+    main(parse_args())
