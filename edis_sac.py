@@ -95,7 +95,6 @@ class Args:
     dataset_path: str | None = None  # HDF5 file in D4RL's layout to train on instead of the id's own data
     reward_transform: Literal["none", "return-range", "minus-one", "times-four", "min-max"] = "none"
     """none; r * 1000 / (max - min episode return); r - 1 or 4 (r - 0.5) (AntMaze); r to [-1, 1] (Adroit, kitchen)"""
-    reward_scale: float = 1.0  # factor on the transformed rewards, and so on Q in weights and action selection
     observation_transform: Literal["none", "scalar", "per-dimension"] = "none"
     """none; by one mean and standard deviation over all dimensions (Adroit, kitchen, AntMaze); by one per dimension"""
     # evaluation
@@ -213,7 +212,7 @@ def check_args(args: Args) -> None:
     counts += ["round_every", "first_round", "samples", "chunk", "denoiser_batch", "denoiser_width", "denoiser_layers"]
     counts += ["negatives", "positive_buffer", "pool", "energy_batch"]
     bounds: dict[str, tuple[float, float]] = dict.fromkeys(counts, (1, math.inf))
-    bounds |= dict.fromkeys(("reward_scale", "actor_lr", "critic_lr", "denoiser_lr", "energy_lr"), (1e-12, math.inf))
+    bounds |= dict.fromkeys(("actor_lr", "critic_lr", "denoiser_lr", "energy_lr"), (1e-12, math.inf))
     free = ["offline_updates", "online_steps", "denoiser_updates", "model_updates", "energy_updates", "cql_alpha"]
     free += ["cql_alpha_online", "churn", "state_scale", "policy_scale", "transition_scale", "guidance_clip"]
     bounds |= dict.fromkeys(free, (0, math.inf))
@@ -405,7 +404,6 @@ def make_transitions(columns: Columns, args: Args, limit: int = 1_000) -> tuple[
     elif args.reward_transform == "min-max":
         low, high = float(rewards.min()), float(rewards.max())
         transform = transform._replace(reward_shift=-(low + high) / 2, reward_scale=2 / max(high - low, 1e-6))
-    transform = transform._replace(reward_scale=transform.reward_scale * args.reward_scale)
     if args.observation_transform != "none":
         axis = 0 if args.observation_transform == "per-dimension" else None
         mean, std = obs.mean(axis, dtype=np.float64), obs.std(axis, dtype=np.float64)

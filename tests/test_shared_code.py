@@ -22,7 +22,7 @@ SHARED = dict.fromkeys((
     "MLP", "Critic", "make_envs", "evaluate", "load_checkpoint", "describe", "Run", "set_up",
     *(f"Args.{name}" for name in (
         "exp_name", "seed", "device", "log_every", "save_every", "resume", "runs_dir", "track", "wandb_project",
-        "wandb_entity", "wandb_group", "wandb_mode", "dataset_path", "reward_transform", "reward_scale",
+        "wandb_entity", "wandb_group", "wandb_mode", "dataset_path", "reward_transform",
         "observation_transform", "eval_every", "eval_episodes", "capture_video", "batch_size", "gamma", "tau",
         "num_threads",
     )),
