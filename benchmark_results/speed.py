@@ -1,0 +1,145 @@
+"""Updates and samples per second beside the arithmetic floor: python benchmark_results/speed.py
+
+Each case runs in a process of its own: Hopper's sizes, random data, one thread unless told otherwise; medians of
+several repetitions. The floor is the time that the update's matrix products would take at the rate of 256 x 256
+products measured in the same process. Writes speed.json and the README's tables. Run it on an idle machine.
+"""
+
+import importlib
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+HERE = Path(__file__).resolve().parent
+DDPM = ["--sampler", "ddpm", "--beta-schedule", "vp", "--diffusion-steps"]
+UPDATES = {
+    "EDP-IQL": ["edp_iql"],
+    "EDP-CRR, K = 1000, DPM-Solver 15": ["edp_crr"],
+    "EDP-TD3, K = 1000, DPM-Solver 15": ["edp_td3"],
+    **{f"EDP-TD3, DDPM, K = {K}": ["edp_td3", *DDPM, str(K)] for K in (5, 15, 100)},
+    **{f"Diffusion-QL, DDPM, K = {K}": ["edp_td3", "--no-action-approximation", *DDPM, str(K)] for K in (5, 15, 100)},
+}
+SAMPLES = {
+    "DPM-Solver, 15 calls, K = 1000": [],
+    "DDPM, K = 100": ["--sampler", "ddpm", "--diffusion-steps", "100"],
+    "DDPM, K = 1000": ["--sampler", "ddpm"],
+}
+
+
+@dataclass
+class Args:
+    """Measure updates and samples per second."""
+
+    case: str | None = None
+    """measure this one and print it (used by the command itself)"""
+    threads: int = 1
+    """CPU threads"""
+    device: str = "cpu"
+    """device"""
+    seconds: float = 2.0
+    """length of one repetition, of five"""
+
+
+def rate(step: Callable[[], Any], seconds: float, device: torch.device) -> float:
+    """Calls per second, median of five repetitions after a warm-up."""
+
+    def repeat(duration: float) -> float:
+        calls, begin = 0, time.perf_counter()
+        while time.perf_counter() - begin < duration:
+            step()
+            calls += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return calls / (time.perf_counter() - begin)
+
+    repeat(seconds / 2)
+    return statistics.median(repeat(seconds) for _ in range(5))
+
+
+def measure(name: str, args: Args) -> dict[str, float]:
+    """One case, in this process."""
+    sys.path.insert(0, str(HERE.parent))
+    flags = UPDATES.get(name) or ["edp_iql", *SAMPLES[name]]
+    script, device = importlib.import_module(flags[0]), torch.device(args.device)
+    given = script.parse_args(
+        ["--env-id", "hopper-medium-v2", "--num-threads", str(args.threads), "--device", args.device, *flags[1:]]
+    )
+    script.check_args(given)
+    script.set_up(given)
+    diffusion = script.Diffusion(
+        given.diffusion_steps, given.sampler, given.sampler_steps, given.solver_order, device, given.beta_schedule
+    )
+    networks = script.make_networks(11, 3, device)
+    s, a = torch.randn(256, 11, device=device), 2 * torch.rand(256, 3, device=device) - 1
+    if name in SAMPLES:
+
+        def sample() -> None:
+            with torch.no_grad():
+                diffusion.sample(networks["policy"], s, torch.randn(diffusion.draws, 256, 3, device=device))
+
+        found = {"actions_per_second": 256 * rate(sample, args.seconds, device)}
+    else:
+        update, _ = script.make_update(given, diffusion, networks)
+        batch = (s, a, torch.randn_like(s), torch.randn(256, device=device), torch.ones(256, device=device))
+
+        def step() -> None:
+            update(*batch, **script.draw(given, diffusion, 3, device, 0))
+
+        with FlopCounterMode(display=False) as counter:
+            step()
+        x = torch.randn(256, 256, device=device)
+        products = rate(lambda: x @ x, args.seconds / 4, device) * 2 * 256**3  # FLOP/s
+        found = {
+            "updates_per_second": rate(step, args.seconds, device),
+            "gflop_per_update": counter.get_total_flops() / 1e9,
+        }
+        found |= {"matrix_gflop_per_second": products / 1e9, "floor": products / counter.get_total_flops()}
+    return found | {"peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def main(args: Args) -> None:
+    if args.case:
+        print(json.dumps(measure(args.case, args)))
+        return
+    results = {}
+    for name in [*UPDATES, *SAMPLES]:
+        command = [sys.executable, __file__, "--case", name, "--threads", str(args.threads), "--device", args.device]
+        command += ["--seconds", str(args.seconds)]
+        results[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        print(name, results[name], flush=True)
+    about = {"torch": torch.__version__, "machine": platform.machine(), "device": args.device, "threads": args.threads}
+    (HERE / "speed.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    lines = [
+        "| update, batch 256 | updates/s | floor | share of the floor | peak memory, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for name in UPDATES:
+        r = results[name]
+        speed, floor = r["updates_per_second"], r["floor"]
+        lines.append(f"| {name} | {speed:.1f} | {floor:.1f} | {speed / floor:.2f} | {r['peak_MiB']:.0f} |")
+    lines += ["", "| sampling, batch 256 | actions/s | peak memory, MiB |", "|---|---|---|"]
+    for name in SAMPLES:
+        r = results[name]
+        lines.append(f"| {name} | {r['actions_per_second']:.0f} | {r['peak_MiB']:.0f} |")
+    readme = HERE.parent / "README.md"
+    mark = "<!-- generated by benchmark_results/speed.py -->\n"
+    before, rest = readme.read_text().split(mark)
+    table = "\n".join(lines) + "\n"
+    readme.write_text(f"{before}{mark}{table}{rest[rest.index('<!-- end -->') :]}")
+    print(table)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
