@@ -108,7 +108,7 @@ class Args:
     actor_lr: float = 1e-4  # Adam's learning rate, policy and temperature
     critic_lr: float = 3e-4  # Adam's learning rate, critics
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of the target critics
+    tau: float = 0.005  # rate of the target networks
     cql_alpha: float = 5.0  # coefficient of the CQL penalty offline; 0: plain SAC
     cql_alpha_online: float = 0.0  # coefficient of the CQL penalty online
     cql_actions: int = 10  # actions per state of each of the penalty's three samples
@@ -689,11 +689,10 @@ class Buffer:
         return self.rows[torch.randint(len(self), (n,), device=self.rows.device)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.recent(len(self)).clone()}
+        return {"rows": self.rows[: len(self)].clone(), "count": self.count}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.count = 0
-        self.add(saved["rows"].to(self.rows.device))
+        self.rows[: len(saved["rows"])], self.count = saved["rows"], saved["count"]
 
 
 class Interaction:
@@ -984,13 +983,13 @@ class Round(NamedTuple):
         metrics["losses/model_loss"] = train_model(args, self.networks["model"], x, r, mask)
         plain, guidance = self.generate(min(args.samples, 1_000), denoise[1], None), None
         metrics |= {f"unguided/{name}": value for name, value in self.distances(plain, recent).items()}
-        if args.augmentation == "edis":
+        scales = (
+            args.state_scale * args.state_energy,
+            args.policy_scale * args.policy_energy,
+            args.transition_scale * args.transition_energy,
+        )
+        if args.augmentation == "edis" and any(scales):
             metrics |= {f"energies/{name}": value for name, value in self.train_energies(recent, denoise[1]).items()}
-            scales = (
-                args.state_scale * args.state_energy,
-                args.policy_scale * args.policy_energy,
-                args.transition_scale * args.transition_energy,
-            )
             guidance = make_guidance(energies, scales, args.full_gradient, args.guidance_clip)
         begin = time.time()
         made = self.generate(args.samples, denoise[1], guidance)

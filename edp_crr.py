@@ -30,8 +30,9 @@ Deviations:           paper                      official code (sail-sg/edp)    
     ||a - a_hat^0||^2 as written                 halved (unit-variance log-likelihood)  halved
     a_hat^0           as written                 clipped to [-1, 1]: no gradient beyond clipped
     losses' norms     sums over dimensions       diffusion loss and ELBO: means         diffusion loss: mean; ELBO: sum
-    ELBO weight       1 - abar^{k-1}: 0 at k = 1 1 - abar^k                             paper; at k = 1 as the code
+    ELBO weight       1 - abar^{k-1}: 0 at k = 1 1 - abar^k, scaled to a mean of 1      paper; 1 - abar^1 at k = 1
     policy target     -                          every 5 updates after update 1000      as the code
+    max-Q backup      -                          by a flag                              only in edp_td3.py
     noise clip (DPM)  -                          schedule at a truncated step           at the exact time: 7e-3 apart
     DPM-Solver's end  t = 1e-3                   the same: NaN for K < 1000             max(1e-3, 1/K): the first step
 """
@@ -106,7 +107,7 @@ class Args:
     batch_size: int = 256  # transitions per update
     lr: float = 3e-4  # Adam's learning rate, all networks
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of the target critics
+    tau: float = 0.005  # rate of the target networks
     max_grad_norm: float = 5.0  # clip of each network's gradient norm; 0: none
     diffusion_steps: int = 1_000  # K, steps of the noise schedule
     beta_schedule: Literal["linear", "vp"] = "linear"  # vp: Diffusion-QL's, for few steps
@@ -119,17 +120,17 @@ class Args:
     advantage_samples: int = 10  # actions around a_hat^0 that the advantage compares with
     advantage_baseline: Literal["mean", "max"] = "mean"  # of their Q
     weight: Literal["exp", "binary"] = "exp"  # exp(advantage / temperature), or 1 where the advantage is positive
-    temperature: float = 1.0  # tau of the CRR weight
-    weight_cap: float = 20.0  # upper bound of the CRR weight
+    temperature: float = 1.0  # tau of the CRR weight, exp only
+    weight_cap: float = 20.0  # upper bound of the CRR weight, exp only
     policy_target_start: int = 1_000  # updates before the policy's target moves
     policy_target_every: int = 5  # updates between two moves of the policy's target
     # speed
     num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the policy's loss; auto: on for cuda only
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the denoising step; auto: on for cuda only
 
 
 # ------------------------------------------------------------------------------------------------------------- PRESETS
-# Command line > preset > default. Norm clips: the official code's table; the rest: the paper's settings. The ids of
+# Command line > preset > default. Norm clips: the official code's table; the rest: its settings too. The ids of
 # AntMaze, Adroit and kitchen go with --dataset-path; without their environments there is no evaluation.
 CLIPS = {
     "halfcheetah-medium-v2": 9, "halfcheetah-medium-replay-v2": 2, "halfcheetah-medium-expert-v2": 7,
@@ -192,8 +193,9 @@ def check_args(args: Args) -> None:
     bounds |= dict.fromkeys(("lr", "weight_cap", "temperature"), (1e-12, math.inf))
     bounds |= dict.fromkeys(("max_grad_norm", "diffusion_coef", "guidance_coef", "policy_target_start"), (0, math.inf))
     bounds |= dict.fromkeys(("gamma", "tau"), (0, 1))
-    # the linear schedule's last beta is 20 / K
-    bounds |= {"diffusion_steps": (21 if args.beta_schedule == "linear" else 2, math.inf), "seed": (0, 2**32)}
+    # The linear schedule's last beta is 20 / K; DPM-Solver leaves the first step's noise, much with few steps
+    least = {"linear": 21, "vp": 100 if args.sampler == "dpm-solver" else 2}[args.beta_schedule]
+    bounds |= {"diffusion_steps": (least, math.inf), "seed": (0, 2**32)}
     bounds |= {"sampler_steps": (1, args.diffusion_steps if args.sampler != "ddpm" else math.inf)}
     for name, (low, high) in bounds.items():
         if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):
@@ -580,10 +582,10 @@ def critic_losses(q1: Tensor, q2: Tensor, r: Tensor, mask: Tensor, next_v: Tenso
     return [(q - target).square().mean() for q in (q1, q2)]
 
 
-def crr_advantage(critic: Critic, s: Tensor, a: Tensor, a_hat_0: Tensor, z: Tensor, baseline: str) -> Tensor:
-    """Q(s, a) - mean or max of Q(s, a_hat^0 + z) over z (M, B, A), standard normal; (B,)."""
+def crr_advantage(critic: Critic, s: Tensor, q: Tensor, a_hat_0: Tensor, z: Tensor, baseline: str) -> Tensor:
+    """q = Q(s, a) - mean or max of Q(s, a_hat^0 + z) over z (M, B, A), standard normal; (B,)."""
     v = critic.min(s.repeat(len(z), 1), (a_hat_0 + z).flatten(0, 1)).view(len(z), -1)
-    return critic.min(s, a) - (v.mean(0) if baseline == "mean" else v.amax(0))
+    return q - (v.mean(0) if baseline == "mean" else v.amax(0))
 
 
 def crr_weight(advantage: Tensor, weight: str, temperature: float, cap: float) -> Tensor:
@@ -619,7 +621,7 @@ def make_networks(obs_dim: int, act_dim: int, device: torch.device) -> dict[str,
 
 def draw(args: Args, diffusion: Diffusion, act_dim: int, device: torch.device, step: int) -> dict[str, Tensor]:
     """What chance decides in one update, apart from the batch, and the rate of the policy's target."""
-    moves = step >= args.policy_target_start and step % args.policy_target_every == 0
+    moves = step + 1 > args.policy_target_start and (step + 1) % args.policy_target_every == 0
     return {
         "k": torch.randint(args.diffusion_steps, (args.batch_size,), device=device),
         "epsilon": torch.randn(args.batch_size, act_dim, device=device),
@@ -656,9 +658,10 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
         s: Tensor, a: Tensor, next_s: Tensor, r: Tensor, mask: Tensor,
         k: Tensor, epsilon: Tensor, noise: Tensor, z: Tensor, policy_tau: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
+        q1, q2 = critic(s, a)
         error, a_hat_0 = reconstruct_(diffusion, policy, s, a, k, epsilon)
         with torch.no_grad():
-            advantage = crr_advantage(critic, s, a, a_hat_0, z, args.advantage_baseline)
+            advantage = crr_advantage(critic, s, torch.minimum(q1, q2), a_hat_0, z, args.advantage_baseline)
             f = crr_weight(advantage, args.weight, args.temperature, args.weight_cap)
         diffusion_loss = error.mean()
         guidance_loss = weighted_regression(diffusion, error, a, a_hat_0, k, f, args.likelihood)
@@ -668,7 +671,6 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
         with torch.no_grad():
             next_a = diffusion.sample(policy_target, next_s, noise)  # not clipped, as in the official code
             next_v = critic_target.min(next_s, next_a)
-        q1, q2 = critic(s, a)
         qf1_loss, qf2_loss = critic_losses(q1, q2, r, mask, next_v, args.gamma)
         descend("critic", qf1_loss + qf2_loss)
         with torch.no_grad():

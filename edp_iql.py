@@ -13,8 +13,8 @@ regression acts on its one-step reconstruction a_hat^0, so that no gradient goes
 
     forward noising       a^k = sqrt(abar^k) a^0 + sqrt(1 - abar^k) epsilon                   Diffusion.forward_noising
     action approximation  a_hat^0 = (a^k - sqrt(1 - abar^k) epsilon_theta(a^k, k; s)) / sqrt(abar^k) .approximate_action
-    diffusion loss        E ||epsilon - epsilon_theta(a^k, k; s)||^2                          policy_losses
-    weighted regression   E f_IQL ||a - a_hat^0||^2 (mse), or the weighted ELBO               policy_losses
+    diffusion loss        E ||epsilon - epsilon_theta(a^k, k; s)||^2                          reconstruct
+    weighted regression   E f_IQL ||a - a_hat^0||^2 (mse), or the weighted ELBO               weighted_regression
     IQL weight            f_IQL = exp(beta (Q(s, a) - V(s)))                                  iql_weight
     V and Q               expectile regression of V on Q; Q on r + gamma V(s')                value_loss, critic_losses
     sampler               DPM-Solver-1, -2, -3 (Lu et al., 2022, arXiv 2206.00927)            Diffusion.dpm_solver_step
@@ -28,7 +28,7 @@ Deviations:           paper                      official code (sail-sg/edp)    
     ||a - a_hat^0||^2 as written                 halved (unit-variance log-likelihood)  halved
     a_hat^0           as written                 clipped to [-1, 1]: no gradient beyond clipped
     losses' norms     sums over dimensions       diffusion loss and ELBO: means         diffusion loss: mean; ELBO: sum
-    ELBO weight       1 - abar^{k-1}: 0 at k = 1 1 - abar^k                             paper; at k = 1 as the code
+    ELBO weight       1 - abar^{k-1}: 0 at k = 1 1 - abar^k, scaled to a mean of 1      paper; 1 - abar^1 at k = 1
     noise clip (DPM)  -                          schedule at a truncated step           at the exact time: 7e-3 apart
     DPM-Solver's end  t = 1e-3                   the same: NaN for K < 1000             max(1e-3, 1/K): the first step
 """
@@ -103,7 +103,7 @@ class Args:
     batch_size: int = 256  # transitions per update
     lr: float = 3e-4  # Adam's learning rate, all networks
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of the target critics
+    tau: float = 0.005  # rate of the target networks
     max_grad_norm: float = 5.0  # clip of each network's gradient norm; 0: none
     diffusion_steps: int = 1_000  # K, steps of the noise schedule
     beta_schedule: Literal["linear", "vp"] = "linear"  # vp: Diffusion-QL's, for few steps
@@ -118,11 +118,11 @@ class Args:
     weight_cap: float = 100.0  # upper bound of the IQL weight
     # speed
     num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the policy's loss; auto: on for cuda only
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the denoising step; auto: on for cuda only
 
 
 # ------------------------------------------------------------------------------------------------------------- PRESETS
-# Command line > preset > default. Norm clips: the official code's table; the rest: the paper's settings. The ids of
+# Command line > preset > default. Norm clips: the official code's table; the rest: its settings too. The ids of
 # AntMaze, Adroit and kitchen go with --dataset-path; without their environments there is no evaluation.
 CLIPS = {
     "halfcheetah-medium-v2": 9, "halfcheetah-medium-replay-v2": 2, "halfcheetah-medium-expert-v2": 7,
@@ -184,8 +184,9 @@ def check_args(args: Args) -> None:
     bounds |= dict.fromkeys(("lr", "weight_cap"), (1e-12, math.inf))
     bounds |= dict.fromkeys(("max_grad_norm", "diffusion_coef", "guidance_coef", "inverse_temperature"), (0, math.inf))
     bounds |= dict.fromkeys(("gamma", "tau", "expectile"), (0, 1))
-    # the linear schedule's last beta is 20 / K
-    bounds |= {"diffusion_steps": (21 if args.beta_schedule == "linear" else 2, math.inf), "seed": (0, 2**32)}
+    # The linear schedule's last beta is 20 / K; DPM-Solver leaves the first step's noise, much with few steps
+    least = {"linear": 21, "vp": 100 if args.sampler == "dpm-solver" else 2}[args.beta_schedule]
+    bounds |= {"diffusion_steps": (least, math.inf), "seed": (0, 2**32)}
     bounds |= {"sampler_steps": (1, args.diffusion_steps if args.sampler != "ddpm" else math.inf)}
     for name, (low, high) in bounds.items():
         if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):

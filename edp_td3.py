@@ -25,8 +25,10 @@ Deviations:           paper                      official code (sail-sg/edp)    
     K, sampler        1000, DPM-Solver 15        DDPM 100, DPM-Solver by flag           paper; bundled data K = 100
     candidates N      10                         50                                     50; bundled data 10
     critic in lambda  -                          the one that is maximised, by chance   as the code; Diffusion-QL: other
-    eta               per data set               2 everywhere                           2
+    eta               per data set               2 everywhere                           2; for Diffusion-QL give its own
     max-Q backup      -                          its table's flag is never read         --max-q-backup, default off
+    Diffusion-QL: its objective and targets. Its own code also updates the critics before the policy, clips the norm of
+                      both critics together, selects by the target critics and lets the learning rate fall.
     gradient clip     5                          per data set, each network alone       as the code; 5 elsewhere
     a_hat^0           as written                 clipped to [-1, 1]: no gradient beyond clipped
     losses' norms     sums over dimensions       diffusion loss: mean                   diffusion loss: mean
@@ -105,7 +107,7 @@ class Args:
     batch_size: int = 256  # transitions per update
     lr: float = 3e-4  # Adam's learning rate, all networks
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of the target critics
+    tau: float = 0.005  # rate of the target networks
     max_grad_norm: float = 5.0  # clip of each network's gradient norm; 0: none
     diffusion_steps: int = 1_000  # K, steps of the noise schedule
     beta_schedule: Literal["linear", "vp"] = "linear"  # vp: Diffusion-QL's, for few steps
@@ -115,18 +117,18 @@ class Args:
     diffusion_coef: float = 1.0  # coefficient of the unweighted diffusion (behaviour-cloning) loss
     eta: float = 2.0  # weight of the policy's improvement, lambda = eta / mean|Q|
     action_approximation: bool = True  # improve a_hat^0; off: Diffusion-QL, through the whole sampling chain
-    max_q_backup: bool = False  # targets from the best of several next actions (Diffusion-QL's AntMaze setting)
-    max_q_candidates: int = 10  # how many
-    max_q_top_k: int = 1  # which: the k-th best of each critic
+    max_q_backup: bool = False  # targets from the best of several next actions (Diffusion-QL on AntMaze but umaze)
+    max_q_candidates: int = 10  # how many, with --max-q-backup
+    max_q_top_k: int = 1  # which, with --max-q-backup: the k-th best of each critic
     policy_target_start: int = 1_000  # updates before the policy's target moves
     policy_target_every: int = 5  # updates between two moves of the policy's target
     # speed
     num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the policy's loss; auto: on for cuda only
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the denoising step; auto: on for cuda only
 
 
 # ------------------------------------------------------------------------------------------------------------- PRESETS
-# Command line > preset > default. Norm clips: the official code's table; the rest: the paper's settings. The ids of
+# Command line > preset > default. Norm clips: the official code's table; the rest: its settings too. The ids of
 # AntMaze, Adroit and kitchen go with --dataset-path; without their environments there is no evaluation.
 CLIPS = {
     "halfcheetah-medium-v2": 9, "halfcheetah-medium-replay-v2": 2, "halfcheetah-medium-expert-v2": 7,
@@ -188,8 +190,9 @@ def check_args(args: Args) -> None:
     bounds |= {"lr": (1e-12, math.inf), "max_q_top_k": (1, args.max_q_candidates)}
     bounds |= dict.fromkeys(("max_grad_norm", "diffusion_coef", "eta", "policy_target_start"), (0, math.inf))
     bounds |= dict.fromkeys(("gamma", "tau"), (0, 1))
-    # the linear schedule's last beta is 20 / K
-    bounds |= {"diffusion_steps": (21 if args.beta_schedule == "linear" else 2, math.inf), "seed": (0, 2**32)}
+    # The linear schedule's last beta is 20 / K; DPM-Solver leaves the first step's noise, much with few steps
+    least = {"linear": 21, "vp": 100 if args.sampler == "dpm-solver" else 2}[args.beta_schedule]
+    bounds |= {"diffusion_steps": (least, math.inf), "seed": (0, 2**32)}
     bounds |= {"sampler_steps": (1, args.diffusion_steps if args.sampler != "ddpm" else math.inf)}
     for name, (low, high) in bounds.items():
         if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):
@@ -581,9 +584,9 @@ def max_q_backup(q1: Tensor, q2: Tensor, top_k: int) -> Tensor:
     return torch.minimum(*(q.topk(top_k, dim=1).values[:, -1] for q in (q1, q2)))
 
 
-def q_loss(q: Tensor, eta: float) -> Tensor:
-    """-lambda E Q, lambda = eta / E |Q| without gradient; q (B,) of one critic, the same one in lambda."""
-    return -eta / q.detach().abs().mean() * q.mean()
+def q_loss(q: Tensor, scale: Tensor, eta: float) -> Tensor:
+    """-lambda E Q, lambda = eta / E |scale| without gradient; Q (B,) of one critic, the scale of it or of the other."""
+    return -eta / scale.detach().abs().mean() * q.mean()
 
 
 def reconstruct(
@@ -606,11 +609,12 @@ def make_networks(obs_dim: int, act_dim: int, device: torch.device) -> dict[str,
 def draw(args: Args, diffusion: Diffusion, act_dim: int, device: torch.device, step: int) -> dict[str, Tensor]:
     """What chance decides in one update, apart from the batch, and the rate of the policy's target."""
     candidates = args.max_q_candidates if args.max_q_backup else 1
-    moves = step >= args.policy_target_start and step % args.policy_target_every == 0
+    chain = 0 if args.action_approximation else diffusion.draws
+    moves = step + 1 > args.policy_target_start and (step + 1) % args.policy_target_every == 0
     return {
         "k": torch.randint(args.diffusion_steps, (args.batch_size,), device=device),
         "epsilon": torch.randn(args.batch_size, act_dim, device=device),
-        "noise": torch.randn(diffusion.draws, args.batch_size, act_dim, device=device),
+        "noise": torch.randn(chain, args.batch_size, act_dim, device=device),
         "next_noise": torch.randn(diffusion.draws, args.batch_size * candidates, act_dim, device=device),
         "first_critic": torch.rand((), device=device) < 0.5,
         "policy_tau": torch.full((), args.tau if moves else 0.0, device=device),
@@ -645,11 +649,12 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
         noise: Tensor, next_noise: Tensor, first_critic: Tensor, policy_tau: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
         error, a_hat_0 = reconstruct_(diffusion, policy, s, a, k, epsilon)
-        if not args.action_approximation:
-            a_hat_0 = diffusion.sample(policy, s, noise)
+        if not args.action_approximation:  # Diffusion-QL
+            a_hat_0 = diffusion.sample(policy, s, noise).clamp(-1, 1)
         diffusion_loss = error.mean()
         q1, q2 = critic(s, a_hat_0)
-        guidance_loss = q_loss(torch.where(first_critic, q1, q2), args.eta)
+        q, other = torch.where(first_critic, q1, q2), torch.where(first_critic, q2, q1)
+        guidance_loss = q_loss(q, q if args.action_approximation else other, args.eta)
         policy_loss = args.diffusion_coef * diffusion_loss + guidance_loss
         descend("policy", policy_loss)
 

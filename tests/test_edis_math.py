@@ -372,5 +372,5 @@ def test_buffer():
     other.load_state_dict(buffer.state_dict())
     buffer.add(torch.tensor([[7.0]]))
     other.add(torch.tensor([[7.0]]))
-    assert other.recent(5).tolist() == buffer.recent(5).tolist()
+    assert other.recent(5).tolist() == buffer.recent(5).tolist() and other.rows.tolist() == buffer.rows.tolist()
     assert set(other.sample(100)[:, 0].tolist()) == {3, 4, 5, 6, 7}

@@ -136,7 +136,8 @@ def values(golden, prefix):
 def run_update(script, golden, batch, config, chance, **flags):
     """One update from the golden weights: its metrics, and the networks after it."""
     K, sampler = (1000, "dpm-solver") if config == "dpm1000" else (100, "ddpm")
-    args = script.Args(max_grad_norm=float(golden["meta/max_grad_norm"]), diffusion_steps=K, sampler=sampler, **flags)
+    flags = {"max_grad_norm": float(golden["meta/max_grad_norm"]), **flags}
+    args = script.Args(diffusion_steps=K, sampler=sampler, **flags)
     diffusion = official(script, golden) if K == 1000 else script.Diffusion(K, sampler, 15, 3, CPU)
     networks, every = script.make_networks(11, 3, CPU), golden_networks(script)
     networks = {name: every[name] for name in networks}
@@ -207,7 +208,8 @@ def test_crr_advantage_and_weight(golden, networks, batch, baseline, variant):
     g, s, a = values(golden, f"dpm1000/{variant}/policy/"), batch["observations"], batch["actions"]
     z = T(golden["dpm1000/in/crr_normals"])
     with torch.no_grad():
-        advantage = edp_crr.crr_advantage(networks["critic"], s, a, T(g["terms/pred_astart"]), z, baseline)
+        q = networks["critic"].min(s, a)
+        advantage = edp_crr.crr_advantage(networks["critic"], s, q, T(g["terms/pred_astart"]), z, baseline)
     near(advantage, g["adv"])
     near(edp_crr.crr_weight(advantage, "exp", 1.0, 20.0), g["lmbda"])
 
@@ -226,10 +228,74 @@ def test_td3_update(golden, batch, config, first):
     near_critics_and_norms(metrics, networks, g)
 
 
+def test_gradients_are_clipped(golden, batch):
+    """Each network on its own: the norm is at most that of the flag."""
+    g, noise = values(golden, "dpm1000/td3_qf1_clip0.5/"), sampler_noise(golden, "dpm1000")
+    chance = {"noise": noise, "next_noise": noise, "first_critic": torch.tensor(True), "policy_tau": torch.tensor(0.0)}
+    _, networks = run_update(edp_td3, golden, batch, "dpm1000", chance, max_grad_norm=0.5)
+    for module, name in (
+        (networks["policy"], "policy"),
+        (networks["critic"].q1, "qf1"),
+        (networks["critic"].q2, "qf2"),
+    ):
+        assert g[f"metric/{name}_grad_norm"] > 0.5
+        near(gradient_norm(module), torch.tensor(0.5))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_td3_update_with_max_q_backup(golden, batch, top_k):
+    g, noise = values(golden, "dpm1000/td3_qf1/"), sampler_noise(golden, "dpm1000")
+    chance = {"noise": noise, "next_noise": T(golden["dpm1000/in/max_q_x_T"]).flatten(0, 1)[None]}
+    chance |= {"first_critic": torch.tensor(True), "policy_tau": torch.tensor(0.0)}
+    flags = {"max_q_backup": True, "max_q_top_k": top_k}
+    metrics, _ = run_update(edp_td3, golden, batch, "dpm1000", chance, **flags)
+    for i in (1, 2):
+        error = g[f"q/cur_q{i}"] - golden[f"dpm1000/max_q_topk{top_k}/tgt_q"]
+        near(metrics[f"losses/qf{i}_loss"], (error**2).mean(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("script", [edp_crr, edp_td3])
+def test_targets_move(golden, batch, script):
+    noise = sampler_noise(golden, "dpm1000")
+    chance = {"noise": noise, "policy_tau": torch.tensor(0.3)}
+    if script is edp_crr:
+        chance["z"] = T(golden["dpm1000/in/crr_normals"])
+    else:
+        chance |= {"next_noise": noise, "first_critic": torch.tensor(True)}
+    before = golden_networks(script)
+    _, after = run_update(script, golden, batch, "dpm1000", chance)
+    for name, rate in (("critic", 0.005), ("policy", 0.3)):
+        triples = zip(
+            *(n.parameters() for n in (before[f"{name}_target"], after[name], after[f"{name}_target"])), strict=True
+        )
+        for old, new, target in triples:
+            assert_close(target, old.lerp(new, rate), check_device=False)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_diffusion_ql_update(golden, batch, first):
+    """The policy's gradient is that of the formula: through a whole sample, lambda from the other critic."""
+    noise, next_noise = sampler_noise(golden, "ddpm100"), torch.randn(101, 32, 3)
+    chance = {"noise": noise, "next_noise": next_noise, "first_critic": torch.tensor(first)}
+    chance["policy_tau"] = torch.tensor(0.0)
+    flags = {"action_approximation": False, "eta": 1.0, "max_grad_norm": 1e9}
+    metrics, networks = run_update(edp_td3, golden, batch, "ddpm100", chance, **flags)
+    before, d = golden_networks(edp_td3), edp_td3.Diffusion(100, "ddpm", 15, 3, CPU)
+    policy, s, a = before["policy"], batch["observations"], batch["actions"]
+    k, epsilon = T(golden["ddpm100/in/ts"]), T(golden["ddpm100/in/noise"])
+    loss = (epsilon - policy(s, d.forward_noising(a, k, epsilon), k)).square().mean()
+    q1, q2 = before["critic"](s, d.ddpm(policy, s, noise))
+    loss = loss - (q1.mean() / q2.abs().mean().detach() if first else q2.mean() / q1.abs().mean().detach())
+    loss.backward()
+    near(metrics["losses/policy_loss"], loss.detach())
+    for ours, expected in zip(networks["policy"].parameters(), policy.parameters(), strict=True):
+        assert_close(ours.grad, expected.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_td3_lambda(golden, networks, batch):
     g, s = values(golden, "dpm1000/td3_qf1/policy/"), batch["observations"]
     q = networks["critic"](s, T(g["pred_astart"]))[0]
-    near(-edp_td3.q_loss(q, 2.0) / q.mean(), g["lmbda"])
+    near(-edp_td3.q_loss(q, q, 2.0) / q.mean(), g["lmbda"])
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -262,19 +328,18 @@ def test_action_approximation(script, golden, networks, batch, config):
 
 
 def test_elbo_terms(script, golden, networks, batch):
-    """Per-sample ELBO terms of the official CRR step, up to its weight's shift by one step."""
+    """The official CRR step's ELBO, with its own weight at each step and its mean over the 3 dimensions."""
     if not hasattr(script, "weighted_regression"):
         pytest.skip("no weighted regression")
     d = script.Diffusion(1000, "ddpm", 15, 3, CPU)
+    d.elbo_weight = T(golden["schedule/linear1000/normalized_ts_weights"]).float()
     s, a, k, epsilon = (
         batch["observations"],
         batch["actions"],
         T(golden["dpm1000/in/ts"]),
         T(golden["dpm1000/in/noise"]),
     )
-    weights, mse = T(golden["dpm1000/crr_elbo/policy/terms/ts_weights"]), T(golden["dpm1000/crr_elbo/policy/terms/mse"])
-    f = torch.rand(32, generator=torch.Generator().manual_seed(0)) * weights / d.elbo_weight[k]
     error, a_hat_0 = script.reconstruct(d, networks["policy"], s, a, k, epsilon)
+    f = T(golden["dpm1000/crr_elbo/policy/lmbda"])
     guidance = script.weighted_regression(d, error, a, a_hat_0, k, f, "elbo")
-    expected = (f * d.elbo_weight[k] * mse * 3).mean()  # theirs is the mean over the 3 dimensions, the paper's the sum
-    near(guidance, expected.detach())
+    near(guidance.detach() / 3, golden["dpm1000/crr_elbo/metric/guide_loss"])

@@ -176,9 +176,9 @@ def test_crr_advantage(baseline, expected):
         def forward(self, s, a):
             return 2 * a[:, 0] + 1, 2 * a[:, 0]
 
-    s, a, a_hat_0 = torch.zeros(4, 2), torch.ones(4, 1), torch.full((4, 1), 0.5)
+    s, q, a_hat_0 = torch.zeros(4, 2), torch.full((4,), 2.0), torch.full((4, 1), 0.5)
     z = torch.tensor([-1.5, -0.5, 2.0])[:, None, None].expand(3, 4, 1)
-    assert_close(edp_crr.crr_advantage(Linear(2, 1), s, a, a_hat_0, z, baseline), torch.full((4,), expected))
+    assert_close(edp_crr.crr_advantage(Linear(2, 1), s, q, a_hat_0, z, baseline), torch.full((4,), expected))
 
 
 def test_crr_weight():
@@ -188,9 +188,10 @@ def test_crr_weight():
 
 
 def test_q_loss():
-    """-eta mean(Q) / mean|Q|, and no gradient through the scale."""
+    """-eta mean(Q) / mean|scale|, and no gradient through the scale."""
     q = torch.tensor([1.0, -3.0], requires_grad=True)
-    loss = edp_td3.q_loss(q, eta=2.0)
+    assert_close(edp_td3.q_loss(q, torch.tensor([4.0, -4.0]), eta=2.0), torch.tensor(0.5))
+    loss = edp_td3.q_loss(q, q, eta=2.0)
     assert_close(loss, torch.tensor(1.0))
     loss.backward()
     assert_close(q.grad, torch.tensor([-0.5, -0.5]))
@@ -203,7 +204,7 @@ def test_max_q_backup():
 
 
 def test_diffusion_ql_differentiates_the_whole_chain():
-    """d Q(a) / d theta through every step, by finite differences; with action approximation through one."""
+    """d a / d theta of a whole sample, through every step, by finite differences."""
     d = edp_td3.Diffusion(5, "ddpm", 5, 3, CPU, "vp")
     noise, s = torch.randn(6, 8, 1, dtype=torch.float64) / 10, torch.zeros(8, 1, dtype=torch.float64)
     theta = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
@@ -220,7 +221,7 @@ def test_policy_target_moves_every_fifth_update(name):
     module = {"edp_td3": edp_td3, "edp_crr": edp_crr}[name]
     args, d = module.Args(policy_target_start=10), module.Diffusion(100, "ddim", 15, 3, CPU)
     moves = [step for step in range(22) if module.draw(args, d, 3, CPU, step)["policy_tau"] > 0]
-    assert moves == [10, 15, 20]
+    assert moves == [14, 19]  # updates 15 and 20, counted from 1
 
 
 def test_critic_losses(script):

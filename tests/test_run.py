@@ -110,6 +110,7 @@ BRANCHES = [
     "--diffusion-coef 0", "--guidance-coef 0", "--num-threads 2", "--weight binary", "--advantage-baseline max",
     "--policy-target-start 0 --policy-target-every 2", "--max-q-backup --max-q-candidates 3 --max-q-top-k 2",
     "--augmentation synther", "--augmentation offline", "--augmentation none", "--no-state-energy",
+    "--state-scale 0 --no-policy-energy --no-transition-energy",
     "--no-policy-energy", "--no-transition-energy", "--no-full-gradient", "--cql-alpha 0", "--cql-alpha-online 1",
     "--no-calibrate", "--churn 0", "--first-round 1 --online-steps 9", "--guidance-clip 0",
     "--no-action-approximation --sampler ddpm --beta-schedule vp --diffusion-steps 5", "--no-action-approximation",
