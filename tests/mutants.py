@@ -71,8 +71,8 @@ MUTANTS = {  # name: (script, original, mutant)
     ),
     "Diffusion-QL: no gradient through the sample": (
         "edp_td3.py",
-        "diffusion.sample(policy, s, noise).clamp(-1, 1)",
-        "diffusion.sample(policy, s, noise).clamp(-1, 1).detach()",
+        "a_hat_0 = diffusion.sample(policy, s, noise).clamp(-1, 1)",
+        "a_hat_0 = diffusion.sample(policy, s, noise).clamp(-1, 1).detach()",
     ),
     "Diffusion-QL: lambda of the same critic": ("edp_td3.py", "q if args.action_approximation else other", "q"),
     "TD3: best for k-th best": ("edp_td3.py", "values[:, -1]", "values[:, 0]"),
