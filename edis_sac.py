@@ -1111,6 +1111,7 @@ class Run:
         self.bar = tqdm(total=args.num_updates, initial=self.step, disable=not sys.stderr.isatty(), unit="update")
         self.exits.callback(self.bar.close)
         self.stop: list[int] = []  # signals that came
+        self.nothing_to_save = False  # a signal need not wait for the loop
         for n in (signal.SIGINT, signal.SIGTERM):
             self.exits.callback(signal.signal, n, signal.signal(n, self.on_signal))
         self.clock, self.lap_start = time.time(), (self.step, self.progress["times"]["train"])
@@ -1133,11 +1134,20 @@ class Run:
         """Let the loop save and end; the same signal again ends the process at once."""
         self.stop.append(signum)
         signal.signal(signum, signal.SIG_DFL)
+        if self.nothing_to_save:
+            self.leave()
+
+    def leave(self) -> NoReturn:
+        """End because of a signal, with the checkpoint as it is."""
+        self.exits.close()
+        hint = f"; go on with --resume {self.dir}" if (self.dir / "checkpoint.pt").exists() else ""
+        print(f"stopped at update {self.step}{hint}", file=sys.stderr)
+        raise SystemExit(128 + self.stop[0])
 
     def lap(self, name: str) -> None:
         """Book the time since the last call under `name`."""
-        now = time.time()
-        self.progress["times"][name] += now - self.clock
+        now, times = time.time(), self.progress["times"]
+        times[name] = times.get(name, 0.0) + now - self.clock
         self.clock = now
 
     @contextmanager
@@ -1360,9 +1370,7 @@ def main(args: Args) -> dict[str, Any]:
             synthetic.add(rows)
             notes.update({name: float(value) for name, value in found.items()})
         if run.stop:
-            run.exits.close()
-            print(f"stopped at update {step}; go on with --resume {run.dir}", file=sys.stderr)
-            raise SystemExit(128 + run.stop[0])
+            run.leave()
         if last:
             for env in (*envs, interaction.env):
                 env.close()
@@ -1387,4 +1395,6 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # until the run has its own
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     main(parse_args())
