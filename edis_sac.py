@@ -14,27 +14,38 @@ and dynamics of now, makes synthetic transitions that are mixed into the batches
     diffusion          p_theta(x), x = (s, a, s'); Karras et al., 2022, arXiv 2206.00364            Denoiser, edm_loss
     energies           q ~ p_theta exp(-E1(s) - E2(a|s) - E3(s'|s, a)), e^E = nu / mu               Energies, info_nce
     guided sampling    dx / dsigma = (x - D(x)) / sigma + sigma sum lambda_i grad E_i               EDM.sample, guidance
-    state energy       mu: states of the most recent transitions; nu: of unguided samples          energy_batch
-    policy energy      mu: actions of the policy; nu: a ~ p_theta(a | s), the same s                energy_batch
-    transition energy  mu: next states of the environment; nu: s' ~ p_theta(s' | s, a)              energy_batch
+    state energy       mu: states of the most recent transitions; nu: of unguided samples           energy_losses
+    policy energy      mu: actions of the policy; nu: of unguided samples                           energy_losses
+    transition energy  mu: next states of the environment; nu: of unguided samples                  energy_losses
     SAC, CQL, Cal-QL   Haarnoja 2018; Kumar 2020, arXiv 2006.04779; Nakamoto 2023, arXiv 2303.05479 Losses
 
-Each energy is trained at the noise levels sigma that the sampler visits, between noised positives and noised negatives:
-each positive against its own negatives, of the same condition, and against as many of other conditions, without which
-E2 and E3 were free up to a function of their condition and could not move it. With --no-full-gradient each gradient
-acts on its own block (s; a; s') alone: what depends on s then lags behind it, as in inpainting by replacement. The
-energies see the noised condition, as the sampler does; E1 sees s alone: exact as sigma -> 0, an approximation above.
+Where the noise n of level sigma is in s, a and s' alike, the sampler needs grad log (p_sigma / q_sigma) of the noised
+x = (s, a, s'). It splits by the chain rule of probability, at every sigma, into
+
+    E1(s)       = log p_sigma(s) / q_sigma(s)
+    E2(a|s)     = log p_sigma(s, a) / q_sigma(s, a) - E1(s)
+    E3(s'|s, a) = log p_sigma(s, a, s') / q_sigma(s, a, s') - E1(s) - E2(a|s)
+
+and so InfoNCE trains them: E1 by states, E1 + E2 by pairs with E1 held fixed, and E3 on top of an energy of pairs whose
+actions are those that the environment answered (`behavior`; the policy's new actions have no s' yet). The negatives of
+each positive are noised states that the unguided sampler went through. As sigma -> 0, E2 is log p(a|s) / pi(a|s) and E3
+log p(s'|s, a) / T(s'|s, a), as in the paper. Above, negatives of the positive's own clean s, a ~ p_theta(a | s), are
+not enough: a noised s leaves open which s it was, and the noised a tells more, which such negatives cannot show. With
+Gaussians whose s and a correlate, E2 of that kind corrected nothing.
 
 Deviations:           paper                       published code (liuxhym/EDIS)       here
-    conditional nu    p_theta(a | s)              a vector with zeros                 denoiser trained with s or (s, a)
-                                                                                      given: replacing them by s + sigma
-                                                                                      epsilon misses mean and variance
-    negatives         the same condition          not the positive's own              the same, and other conditions
+    negatives of E2   of the same s               a vector with zeros, of other       of the unguided sampler: pairs
+    and E3            (and a)                     positives
     factor sigma      -                           missing                             as derived
     energies' levels  every t                     one (state), two of another         every level of the sampler
                                                   schedule (others)
+    scales lambda_i   -                           per data set, 0.01 to 2             1, which samples q
+    guidance clip     -                           10 sqrt(D) of the gradient          of sigma times the gradient
     reward            known or learned            diffused                            learned, as is termination
     positives         recent transitions          the whole online buffer             the last --positive-buffer ones
+    each round        -                           denoiser anew, 20 energy updates    denoiser goes on, 2000 updates
+    first round       -                           at the start                        after 1000 steps
+    CQL               -                           alpha by a Lagrange multiplier      fixed alpha
     activations       -                           ReLU                                Mish, as in the other scripts
 """
 
@@ -132,10 +143,11 @@ class Args:
     model_updates: int = 5_000  # updates of the reward and termination model per round
     energy_updates: int = 2_000  # updates of the energies per round
     energy_batch: int = 256  # positives per update of the energies
+    energy_width: int = 256  # width of the energies' three hidden layers
     energy_lr: float = 1e-3  # Adam's learning rate, energies and models; the energies' falls to 0 by a cosine
     negatives: int = 10  # negatives of each positive
     positive_buffer: int = 10_000  # most recent transitions that the energies' positives come from
-    pool: int = 2_000  # unguided samples, and conditions, that negatives come from
+    pool: int = 10_000  # unguided samples that negatives come from
     state_energy: bool = True  # use E1, of states
     policy_energy: bool = True  # use E2, of actions given states
     transition_energy: bool = True  # use E3, of next states given both
@@ -143,7 +155,7 @@ class Args:
     policy_scale: float = 1.0  # lambda_2, how strongly E2 guides
     transition_scale: float = 1.0  # lambda_3, how strongly E3 guides
     full_gradient: bool = True  # let E2 and E3 move their conditions too; off: only a, only s'
-    guidance_clip: float = 10.0  # bound of the norm of sum lambda_i grad E_i, in units of sqrt(dim x)
+    guidance_clip: float = 10.0  # bound of the norm of sigma sum lambda_i grad E_i, in units of sqrt(dim x)
     # speed
     num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the denoiser; auto: on for cuda only
@@ -155,35 +167,30 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------------------- PRESETS
-# Command line > preset > default. The scales (state, policy, transition) are the published code's; its energies are
-# not ours, so they are a start and no more. The ids of AntMaze and Adroit go with --dataset-path.
-SCALES = {
-    "halfcheetah-medium": (1, 0.2, 0.2), "halfcheetah-medium-replay": (1, 0.2, 0.2),
-    "halfcheetah-medium-expert": (1, 0.2, 0.2), "hopper-random": (1, 0.1, 0.1), "hopper-medium": (2, 0.01, 0.01),
-    "hopper-medium-replay": (1, 0.2, 0.2), "hopper-medium-expert": (0.01, 0.01, 0.01),
-    "walker2d-random": (2, 0.01, 0.01), "walker2d-medium": (0.01, 0.01, 0.01),
-    "walker2d-medium-replay": (0.1, 0.2, 0.2), "walker2d-medium-expert": (0.01, 0.01, 0.01),
-}  # fmt: skip
-LOCOMOTION: dict[str, Any] = {}
-SCALE_NAMES = ("state_scale", "transition_scale", "policy_scale")
-PRESETS: dict[str, dict[str, Any]] = {
-    f"{name}-v2": dict(zip(SCALE_NAMES, map(float, scales), strict=True)) for name, scales in SCALES.items()
-}
+# Command line > preset > default. The defaults are the published sizes, for D4RL's ids; its scales belong to other
+# energies.
 # Bundled sets: ours, for half an hour on a CPU
 MINI = {
     "observation_transform": "per-dimension", "offline_updates": 10_000, "online_steps": 20_000, "actor_lr": 3e-4,
     "cql_alpha": 1.0, "cql_actions": 4, "round_every": 5_000, "samples": 20_000, "denoiser_updates": 5_000,
     "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3, "sampling_steps": 32, "model_updates": 2_000,
-    "energy_updates": 1_000, "energy_batch": 64, "pool": 1_000, "eval_every": 5_000, "log_every": 250,
-    "save_every": 5_000,
+    "energy_width": 128, "energy_batch": 128, "pool": 5_000, "eval_every": 5_000, "log_every": 250, "save_every": 5_000,
 }  # fmt: skip
-PRESETS |= {f"hopper-{level}-mini": MINI for level in ("medium", "medium-replay", "medium-expert")}
+PRESETS = {f"hopper-{level}-mini": MINI for level in ("medium", "medium-replay", "medium-expert")}
 
 # What --resume lets change: nothing that alters an update by more than rounding
 RESUMABLE = {
     "resume", "online_steps", "device", "log_every", "save_every", "runs_dir", "track", "wandb_project", "wandb_entity",
     "wandb_group", "wandb_mode", "dataset_path", "eval_every", "eval_episodes", "capture_video", "num_threads",
     "compile",
+}  # fmt: skip
+# And before the first online step, so that several runs can go on from one pre-trained agent
+ONLINE = {
+    "exp_name", "cql_alpha_online", "augmentation", "synthetic_ratio", "round_every", "first_round", "samples", "chunk",
+    "denoiser_updates", "denoiser_batch", "denoiser_lr", "denoiser_ema", "sampling_steps", "churn", "model_updates",
+    "energy_updates", "energy_batch", "energy_lr", "negatives", "positive_buffer", "pool", "state_energy",
+    "policy_energy", "transition_energy", "state_scale", "policy_scale", "transition_scale", "full_gradient",
+    "guidance_clip",
 }  # fmt: skip
 
 
@@ -197,10 +204,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Command line > checkpoint (with --resume) > preset > default."""
     argv = sys.argv[1:] if argv is None else argv
     given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
-    saved = load_checkpoint(given.resume)["args"] if given.resume else {}
+    checkpoint = load_checkpoint(given.resume) if given.resume else {"args": {}, "progress": {"step": 0}}
+    saved, online = checkpoint["args"], checkpoint["progress"]["step"] > checkpoint["args"].get("offline_updates", 0)
     defaults = {**PRESETS.get(given.env_id, {}), "env_id": given.env_id, **saved, "resume": given.resume}
     args = tyro.cli(Args, args=argv, default=Args(**defaults))
-    for name in saved.keys() - RESUMABLE:
+    for name in saved.keys() - (RESUMABLE if online else RESUMABLE | ONLINE):
         if getattr(args, name) != saved[name]:
             fail(f"--{name.replace('_', '-')} cannot change on resume (the run has {saved[name]})")
     return args
@@ -210,14 +218,14 @@ def check_args(args: Args) -> None:
     """Refuse values that cannot work, naming the argument."""
     counts = ["log_every", "save_every", "eval_every", "eval_episodes", "batch_size", "num_threads", "cql_actions"]
     counts += ["round_every", "first_round", "samples", "chunk", "denoiser_batch", "denoiser_width", "denoiser_layers"]
-    counts += ["negatives", "positive_buffer", "pool", "energy_batch"]
+    counts += ["negatives", "positive_buffer", "pool", "energy_batch", "energy_width"]
     bounds: dict[str, tuple[float, float]] = dict.fromkeys(counts, (1, math.inf))
     bounds |= dict.fromkeys(("actor_lr", "critic_lr", "denoiser_lr", "energy_lr"), (1e-12, math.inf))
     free = ["offline_updates", "online_steps", "denoiser_updates", "model_updates", "energy_updates", "cql_alpha"]
     free += ["cql_alpha_online", "churn", "state_scale", "policy_scale", "transition_scale", "guidance_clip"]
     bounds |= dict.fromkeys(free, (0, math.inf))
     bounds |= dict.fromkeys(("gamma", "tau", "synthetic_ratio", "denoiser_ema"), (0, 1))
-    bounds |= {"sampling_steps": (2, math.inf), "seed": (0, 2**32)}
+    bounds |= {"sampling_steps": (2, math.inf), "samples": (2, math.inf), "seed": (0, 2**32)}
     for name, (low, high) in bounds.items():
         if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, got {getattr(args, name)}")
@@ -232,7 +240,6 @@ D4RL = {  # agent: Gymnasium environment, D4RL's returns of a random and an expe
 }
 LEVELS = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
 D4RL_IDS = [f"{agent}-{level}-v2" for agent in D4RL for level in LEVELS]
-PRESETS = dict.fromkeys(D4RL_IDS, LOCOMOTION) | PRESETS  # ids that are not in the table
 BUNDLED_IDS = ["hopper-medium-mini", "hopper-medium-replay-mini", "hopper-medium-expert-mini"]
 D4RL_URLS = (  # tried in this order
     "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/{}",
@@ -469,7 +476,7 @@ class Critic(nn.Module):
 
 
 class Actor(nn.Module):
-    """Tanh-Gaussian policy: states (B, S), standard normal noise (B, A) -> actions (B, A), log pi(a|s) (B,)."""
+    """Tanh-Gaussian policy: states (B, S), standard normal noise (..., B, A) -> actions, log pi(a|s) (..., B)."""
 
     def __init__(self, obs_dim: int, act_dim: int) -> None:
         super().__init__()
@@ -488,48 +495,42 @@ class Actor(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """D_theta(x; sigma) of Karras et al.: x = (s, a, s') (B, D), normalised, with the first `held` columns given clean.
+    """D_theta(x; sigma) of Karras et al.: x = (s, a, s') (B, D), normalised and noised, sigma (B,) or () -> (B, D)."""
 
-    One network for p(x), p(a, s' | s) and p(s' | s, a): it is told how many blocks are given, sees them without noise,
-    and hands them back.
-    """
-
-    def __init__(self, dim: int, width: int, layers: int, helds: tuple[int, ...]) -> None:
+    def __init__(self, dim: int, width: int, layers: int) -> None:
         super().__init__()
-        self.helds = helds  # columns that can be given: 0, S, S + A
-        self.first = nn.Linear(dim + 16 + len(helds), width)
+        self.first = nn.Linear(dim + 16, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width)) for _ in range(layers)
         )
         self.last = nn.Linear(width, dim)
         self.frequencies = nn.Buffer(math.pi * 2.0 ** torch.arange(-2, 6), persistent=False)
 
-    def forward(self, x: Tensor, sigma: Tensor, held: int = 0) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         sigma = sigma.expand(len(x))[:, None]
         total = sigma.square() + 1  # sigma_data = 1: x is normalised
         c_skip, c_out, c_in, c_noise = 1 / total, sigma / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
-        scale = torch.where(torch.arange(x.shape[1], device=x.device) < held, 1.0, c_in)  # given columns have no noise
         angles = c_noise * self.frequencies
-        which = torch.zeros(len(x), len(self.helds), device=x.device)
-        which[:, self.helds.index(held)] = 1
-        h = self.first(torch.cat([scale * x, angles.cos(), angles.sin(), which], dim=1))
+        h = self.first(torch.cat([c_in * x, angles.cos(), angles.sin()], dim=1))
         for block in self.blocks:
             h = h + block(h)
-        return torch.cat([x[:, :held], (c_skip * x + c_out * self.last(h))[:, held:]], dim=1)
+        return c_skip * x + c_out * self.last(h)
 
 
 class Energies(nn.Module):
-    """E1(s), E2(a|s), E3(s'|s, a), each (B,), of noised x (B, D) at sigma (B,); e^E = nu / mu at that noise level."""
+    """E1(s), E2(a|s), E3(s'|s, a) of noised x = (s, a, s') at sigma, and the energy that E3 is trained on top of."""
 
-    def __init__(self, obs_dim: int, act_dim: int) -> None:
+    def __init__(self, obs_dim: int, act_dim: int, width: int) -> None:
         super().__init__()
         self.ends = (obs_dim, obs_dim + act_dim, 2 * obs_dim + act_dim)  # of s, a, s' in x
-        self.nets = nn.ModuleList(MLP(end + 1, 1) for end in self.ends)
+        hidden = (width,) * 3
+        self.nets = nn.ModuleList(MLP(end + 1, 1, hidden) for end in self.ends)
+        self.behavior = MLP(self.ends[1] + 1, 1, hidden)  # log p_sigma / q_sigma of pairs (s, a) that were acted
 
-    def forward(self, i: int, x: Tensor, sigma: Tensor) -> Tensor:
-        """E_{i + 1} of x (..., D) or its first columns at sigma (...)."""
-        scaled = x[..., : self.ends[i]] / (sigma.square() + 1).sqrt()[..., None]
-        return self.nets[i](torch.cat([scaled, sigma.log()[..., None] / 4], dim=-1))[..., 0]
+    def forward(self, net: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
+        """The net's energy (...) of x (..., end) at sigma (...)."""
+        scaled = x / (sigma.square() + 1).sqrt()[..., None]
+        return net(torch.cat([scaled, sigma.log()[..., None] / 4], dim=-1))[..., 0]
 
 
 class TransitionModel(nn.Module):
@@ -548,7 +549,7 @@ Guidance = Callable[[Tensor, Tensor], Tensor]  # x (B, D), sigma () -> sum lambd
 
 
 class EDM:
-    """Noise levels and stochastic Heun sampler of Karras et al., Algorithm 2, with guidance and given columns."""
+    """Noise levels and stochastic Heun sampler of Karras et al., Algorithm 2, with guidance."""
 
     def __init__(self, steps: int, churn: float, device: torch.device) -> None:
         low, high, rho = 0.002, 80.0, 7
@@ -560,24 +561,20 @@ class EDM:
 
     @torch.no_grad()
     def sample(
-        self, denoise: Callable[..., Tensor], x: Tensor, guidance: Guidance | None = None, held: int = 0,
-        visit: Callable[[int, Tensor], None] | None = None, generator: torch.Generator | None = None,
+        self, denoise: Callable[..., Tensor], x: Tensor, guidance: Guidance | None = None,
+        visit: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:  # fmt: skip
-        """x (B, D) -> samples (B, D): standard normal, but for the first `held` columns, which are given and kept.
-
-        `visit` is shown the noised x at each sigma_hat.
-        """
+        """Standard normal x (B, D) -> samples (B, D); `visit` is shown the noised x at each sigma_hat."""
 
         def derivative(x: Tensor, sigma: Tensor) -> Tensor:  # dx / dsigma
-            d = (x - denoise(x, sigma, held)) / sigma  # zero in given columns
+            d = (x - denoise(x, sigma)) / sigma
             return d if guidance is None else d + sigma * guidance(x, sigma)
 
-        x = torch.cat([x[:, :held], x[:, held:] * self.sigma[0]], dim=1)
+        x = x * self.sigma[0]
         for i, sigma_hat in enumerate(self.sigma_hat):
             sigma, sigma_next = self.sigma[i], self.sigma[i + 1]
-            z = torch.randn(x.shape, generator=generator, device=x.device)
-            z[:, :held] = 0
-            x = x + (sigma_hat.square() - sigma.square()).clamp(min=0).sqrt() * self.noise_scale * z
+            added = (sigma_hat.square() - sigma.square()).clamp(min=0).sqrt()
+            x = x + added * self.noise_scale * torch.randn_like(x)
             if visit is not None:
                 visit(i, x)
             d = derivative(x, sigma_hat)
@@ -589,7 +586,7 @@ class EDM:
 
 
 def make_guidance(energies: Energies, scales: tuple[float, float, float], full: bool, clip: float) -> Guidance:
-    """sum lambda_i grad E_i (B, D) in normalised coordinates, its norm at most clip sqrt(D).
+    """sum lambda_i grad E_i (B, D) in normalised coordinates; sigma times its norm is at most clip sqrt(D).
 
     Each energy's gradient acts on its own block, s, a or s', unless `full`.
     """
@@ -598,14 +595,14 @@ def make_guidance(energies: Energies, scales: tuple[float, float, float], full: 
     def guidance(x: Tensor, sigma: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
         total, start = torch.zeros((), device=x.device), 0
-        for i, (end, scale) in enumerate(zip(energies.ends, scales, strict=True)):
+        for net, end, scale in zip(energies.nets, energies.ends, scales, strict=True):
             if scale:
                 given = x[:, :start] if full else x[:, :start].detach()
                 seen = torch.cat([given, x[:, start:end]], dim=1)
-                total = total + scale * energies(i, seen, sigma.expand(len(x))).sum()
+                total = total + scale * energies(net, seen, sigma.expand(len(x))).sum()
             start = end
         gradient = torch.autograd.grad(total, x)[0]
-        bound = clip * math.sqrt(x.shape[1])
+        bound = clip * math.sqrt(x.shape[1]) / sigma
         return gradient * (bound / gradient.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
 
     return guidance
@@ -633,17 +630,33 @@ def temperature_loss(log_alpha: Tensor, log_pi: Tensor, target_entropy: float) -
     return -(log_alpha.exp() * (log_pi.detach() + target_entropy)).mean()
 
 
-def edm_loss(denoise: Callable[..., Tensor], x: Tensor, sigma: Tensor, noise: Tensor, held: int = 0) -> Tensor:
-    """Karras et al.: (sigma^2 + 1) / sigma^2 ||D(x + sigma n; sigma) - x||^2 over what is not given; sigma (B,)."""
-    noised = torch.cat([x[:, :held], (x + sigma[:, None] * noise)[:, held:]], dim=1)
-    error = (denoise(noised, sigma, held) - x)[:, held:].square().mean(1)
+def edm_loss(denoise: Callable[..., Tensor], x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    """Karras et al.: (sigma^2 + 1) / sigma^2 ||D(x + sigma n; sigma) - x||^2, mean over dimensions; sigma (B,)."""
+    error = (denoise(x + sigma[:, None] * noise, sigma) - x).square().mean(1)
     return ((sigma.square() + 1) / sigma.square() * error).mean()
 
 
-def info_nce(positive: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
-    """InfoNCE of energies (B,) against each one's own negatives (B, K), and (B,) where the positive is found."""
-    logits = -torch.cat([positive[:, None], negatives], dim=1)
-    return -logits.log_softmax(1)[:, 0].mean(), logits.argmax(1) == 0
+def info_nce(energy: Tensor) -> tuple[Tensor, Tensor]:
+    """InfoNCE of energies (B, 1 + K), a positive and its own negatives; and (B,) where the positive is found."""
+    return -(-energy).log_softmax(1)[:, 0].mean(), energy.argmin(1) == 0
+
+
+def energy_losses(
+    energies: Energies, acted: Tensor, chosen: Tensor, negatives: Tensor, sigma: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """InfoNCE of E1, E1 + E2, pairs acted, and these + E3, with what each is trained on top of held fixed.
+
+    Noised at sigma (B,): recent transitions (s, a, s') as acted (B, D), their states with actions that the policy
+    chooses now (B, S + A), K unguided samples for each (B, K, D).
+    """
+    S, SA = energies.ends[:2]
+    acted, chosen = (torch.cat([x[:, None], negatives[..., : x.shape[1]]], dim=1) for x in (acted, chosen))
+    sigma = sigma[:, None].expand(acted.shape[:2])
+    e1, e2, e3 = (
+        energies(net, x, sigma) for net, x in zip(energies.nets, (chosen[..., :S], chosen, acted), strict=True)
+    )
+    behavior = energies(energies.behavior, acted[..., :SA], sigma)
+    return [info_nce(e) for e in (e1, e1.detach() + e2, behavior, behavior.detach() + e3)]
 
 
 def model_loss(reward: Tensor, logit: Tensor, r: Tensor, mask: Tensor) -> Tensor:
@@ -652,7 +665,10 @@ def model_loss(reward: Tensor, logit: Tensor, r: Tensor, mask: Tensor) -> Tensor
 
 
 def monte_carlo_returns(rewards: np.ndarray, ends: np.ndarray, gamma: float) -> np.ndarray:
-    """(N,) discounted return to go; an episode ends at a terminal, a timeout (ends) and at the file's end."""
+    """(N,) discounted return to go; an episode ends at a terminal, a timeout (ends) and at the file's end.
+
+    Cut at the end of time, it bounds the value from below only where rewards are not negative.
+    """
     returns, total = np.zeros(len(rewards)), 0.0
     for i in range(len(rewards) - 1, -1, -1):
         total = rewards[i] + gamma * total * (not ends[i])
@@ -731,10 +747,9 @@ def make_networks(obs_dim: int, act_dim: int, args: Args, device: torch.device) 
     networks: dict[str, Any] = {"actor": Actor(obs_dim, act_dim), "critic": critic}
     networks["critic_target"] = copy.deepcopy(critic).requires_grad_(False)
     networks["temperature"] = nn.ParameterDict({"log_alpha": torch.zeros(())})
-    helds = (0, obs_dim, obs_dim + act_dim)
-    networks["denoiser"] = Denoiser(dim, args.denoiser_width, args.denoiser_layers, helds)
+    networks["denoiser"] = Denoiser(dim, args.denoiser_width, args.denoiser_layers)
     networks["denoiser_ema"] = copy.deepcopy(networks["denoiser"]).requires_grad_(False)
-    networks["energies"], networks["model"] = Energies(obs_dim, act_dim), TransitionModel(dim)
+    networks["energies"], networks["model"] = Energies(obs_dim, act_dim, args.energy_width), TransitionModel(dim)
     return {name: network.to(device) for name, network in networks.items()}
 
 
@@ -757,7 +772,7 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
         M, (B, A) = args.cql_actions, (len(s), actor.net.layers[-1].out_features // 2)
         with torch.no_grad():
             uniform = 2 * torch.rand(M, B, A, device=s.device) - 1
-            pairs = [actor(states.expand(M, -1, -1), torch.randn(M, B, A, device=s.device)) for states in (s, next_s)]
+            pairs = [actor(states, torch.randn(M, B, A, device=s.device)) for states in (s, next_s)]
             actions = torch.cat([uniform, *(a for a, _ in pairs)])
             log_density = torch.cat([torch.full((M, B), -A * math.log(2), device=s.device), *(p for _, p in pairs)])
         penalties = []
@@ -774,7 +789,9 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
         alpha = log_alpha.exp().detach()
         with torch.no_grad():
             next_a, next_log_pi = actor(next_s, torch.randn_like(a))
-            next_v = critic_target.min(next_s, next_a) - alpha * next_log_pi
+            next_v = critic_target.min(next_s, next_a)
+            if not cql_alpha:  # CQL's and Cal-QL's code leave the entropy out of the target
+                next_v = next_v - alpha * next_log_pi
         q1, q2 = critic(s, a)
         qf1_loss, qf2_loss = critic_losses(q1, q2, r, mask, next_v, args.gamma)
         cql_loss = penalty(s, next_s, mc, q1, q2) if cql_alpha else torch.zeros((), device=s.device)
@@ -802,8 +819,7 @@ def train_denoiser(args: Args, denoiser: Denoiser, ema: Denoiser, denoise: Calla
     for _ in range(args.denoiser_updates):
         batch = x[torch.randint(len(x), (args.denoiser_batch,), device=x.device)]
         sigma = (1.2 * torch.randn(len(batch), device=x.device) - 1.2).exp()  # P_mean, P_std of Karras et al.
-        held = denoiser.helds[max(int(torch.randint(-1, 3, ())), 0)]  # half of the updates: nothing is given
-        loss = edm_loss(denoise, batch, sigma, torch.randn_like(batch), held)
+        loss = edm_loss(denoise, batch, sigma, torch.randn_like(batch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -830,57 +846,6 @@ def train_model(args: Args, model: TransitionModel, x: Tensor, r: Tensor, mask: 
     return mean
 
 
-@torch.no_grad()
-def make_pools(args: Args, edm: EDM, denoise: Callable[..., Tensor], conditions: Tensor, energies: Energies) -> list:
-    """Negatives at every level, as one unguided pass of the sampler goes through them.
-
-    (levels, P, S) states; for P conditions (P, D), normalised transitions: (levels, P, K, A) actions given their
-    states and (levels, P, K, S) next states given states and actions.
-    """
-    levels, (P, D), K = len(edm.sigma_hat), conditions.shape, args.negatives
-    pools, start = [], 0
-    for i, end in enumerate(energies.ends):
-        copies = conditions.repeat_interleave(K, dim=0) if i else conditions
-        x = torch.cat([copies[:, :start], torch.randn(len(copies), D - start, device=conditions.device)], dim=1)
-        pool = torch.empty(levels, len(copies), end - start, device=conditions.device)
-        for rows in torch.arange(len(x), device=x.device).split(args.chunk):
-
-            def visit(level: int, x: Tensor, rows: Tensor = rows, pool: Tensor = pool, block=slice(start, end)) -> None:
-                pool[level, rows] = x[:, block]
-
-            edm.sample(denoise, x[rows], held=start, visit=visit)
-        pools.append(pool.view(levels, P, K, -1) if i else pool)
-        start = end
-    return pools
-
-
-def energy_batch(
-    i: int, edm: EDM, energies: Energies, pools: list, conditions: Tensor, positives: Tensor, level: Tensor, K: int
-) -> tuple[Tensor, list[Tensor]]:
-    """Noised positives (B, end) of E_{i + 1} at levels (B,), and sets of K negatives (B, K, end) of each.
-
-    `positives` (P, end) are E1's states, or belong to the conditions (P, D), row by row: then the first set shares the
-    positive's condition, and the second has other ones.
-    """
-    sigma = edm.sigma_hat[level][:, None]
-    start, end, device = (0, *energies.ends)[i], energies.ends[i], level.device
-    which = torch.randint(len(positives), (len(level),), device=device)
-    positive = positives[which] + sigma * torch.randn(len(level), end, device=device)
-    any_row = torch.randint(pools[i].shape[1], (len(level), K), device=device)
-    if i == 0:
-        return positive, [pools[0][level[:, None], any_row]]
-    sets = []
-    for rows, copies in (
-        (which[:, None], torch.arange(K, device=device)),
-        (any_row, torch.randint(K, (1,), device=device)),
-    ):
-        given = conditions[rows.expand(-1, K), :start] + sigma[..., None] * torch.randn(
-            len(level), K, start, device=device
-        )
-        sets.append(torch.cat([given, pools[i][level[:, None], rows, copies]], dim=2))
-    return positive, sets
-
-
 class Round(NamedTuple):
     """What a round of training and generation works on."""
 
@@ -902,36 +867,45 @@ class Round(NamedTuple):
             a, _ = actor(s * self.std[:S] + self.mean[:S], torch.randn(len(s), A, device=s.device))
         return (a - self.mean[S : S + A]) / self.std[S : S + A]
 
+    def make_pool(self, denoise: Callable[..., Tensor]) -> Tensor:
+        """What one unguided pass of the sampler goes through, (levels, P, D): negatives for every level."""
+        edm, n = self.edm, self.args.pool
+        pool = torch.empty(len(edm.sigma_hat), n, len(self.mean), device=self.mean.device)
+        for part in pool.split(self.args.chunk, dim=1):
+
+            def visit(level: int, x: Tensor, part: Tensor = part) -> None:
+                part[level] = x
+
+            edm.sample(denoise, torch.randn_like(part[0]), visit=visit)
+        return pool
+
     def train_energies(self, recent: Tensor, denoise: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """Train the three energies with positives of recent transitions (N, D); their accuracies by noise level."""
+        """Train the energies with positives of recent transitions (N, D); their accuracies by noise level."""
         args, edm, energies = self.args, self.edm, self.networks["energies"]
-        S, device = energies.ends[0], recent.device
-        conditions = recent[torch.randint(len(recent), (args.pool,), device=device)]
-        pools = make_pools(args, edm, denoise, conditions, energies)
+        (S, SA, D), B, device = energies.ends, args.energy_batch, recent.device
+        pool = self.make_pool(denoise)
         optimizer = torch.optim.Adam(energies.parameters(), lr=args.energy_lr, fused=device.type in ("cpu", "cuda"))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.energy_updates, 1))
         edges = torch.tensor([0.1, 1.0, 10.0], device=device)  # of sigma, for the accuracies
-        hits, tries = torch.zeros(3, 4, device=device), torch.full((3, 4), 1e-9, device=device)
+        hits, tries = torch.zeros(4, 4, device=device), torch.full((4,), 1e-9, device=device)
         for update in range(args.energy_updates):
-            level = torch.randint(len(edm.sigma_hat), (args.energy_batch,), device=device)
-            a = self.policy(conditions[:, :S])
-            losses = []
-            for i, positives in enumerate((recent[:, :S], torch.cat([conditions[:, :S], a], dim=1), conditions)):
-                batch = energy_batch(i, edm, energies, pools, conditions, positives, level, args.negatives)
-                sigma = edm.sigma_hat[level]
-                several, positive = sigma[:, None].expand(-1, args.negatives), energies(i, batch[0], sigma)
-                for negatives in reversed(batch[1]):  # found: among its own
-                    loss, found = info_nce(positive, energies(i, negatives, several))
-                    losses.append(loss)
-                if 2 * update >= args.energy_updates:
-                    bins = torch.bucketize(sigma, edges)
-                    hits[i].index_add_(0, bins, found.float())
-                    tries[i].index_add_(0, bins, torch.ones_like(sigma))
+            level = torch.randint(len(edm.sigma_hat), (B,), device=device)
+            sigma = edm.sigma_hat[level]
+            clean = recent[torch.randint(len(recent), (B,), device=device)]
+            acted = clean + sigma[:, None] * torch.randn(B, D, device=device)
+            chosen = torch.cat([clean[:, :S], self.policy(clean[:, :S])], dim=1)
+            chosen = chosen + sigma[:, None] * torch.randn(B, SA, device=device)
+            negatives = pool[level[:, None], torch.randint(args.pool, (B, args.negatives), device=device)]
+            losses, found = zip(*energy_losses(energies, acted, chosen, negatives, sigma), strict=True)
             optimizer.zero_grad()
             torch.stack(losses).sum().backward()
             optimizer.step()
             schedule.step()
-        blocks, ends = ("state", "policy", "transition"), (0.1, 1, 10, 80)
+            if 2 * update >= args.energy_updates:
+                bins = torch.bucketize(sigma, edges)
+                hits.index_add_(1, bins, torch.stack(found).float())
+                tries.index_add_(0, bins, torch.ones_like(sigma))
+        blocks, ends = ("state", "policy", "behavior", "transition"), (0.1, 1, 10, 80)
         names = [f"{block}_accuracy_sigma_{end}" for block in blocks for end in ends]
         return dict(zip(names, (hits / tries).flatten(), strict=True))
 
@@ -942,27 +916,28 @@ class Round(NamedTuple):
         return torch.cat([self.edm.sample(denoise, x, guidance) for x in noise])
 
     def rows(self, x: Tensor) -> Tensor:
-        """Rows [s, a, s', r, mask, Monte-Carlo return] of synthetic transitions x (N, D); the return is not known."""
-        with torch.no_grad():
-            reward, logit = self.networks["model"](x)
+        """Rows [s, a, s', r, mask, Monte-Carlo return] of synthetic transitions x (N, D); the return is not known.
+
+        The mask is the probability of going on, which the target is linear in.
+        """
         S = self.networks["energies"].ends[0]
-        x = x * self.std + self.mean
-        s, a, next_s = x.split([S, x.shape[1] - 2 * S, S], dim=1)
-        columns = [s, a.clamp(-0.999, 0.999), next_s, reward[:, None], (logit < 0).float()[:, None]]
-        return torch.cat([*columns, torch.full_like(reward, -math.inf)[:, None]], dim=1)
+        s, a, next_s = (x * self.std + self.mean).split([S, x.shape[1] - 2 * S, S], dim=1)
+        transitions = torch.cat([s, a.clamp(-0.999, 0.999), next_s], dim=1)
+        with torch.no_grad():
+            reward, logit = self.networks["model"](self.normalize(transitions))
+        tail = [reward, torch.sigmoid(-logit), torch.full_like(reward, -math.inf)]
+        return torch.cat([transitions, torch.stack(tail, dim=1)], dim=1)
 
     def distances(self, x: Tensor, recent: Tensor) -> dict[str, Tensor]:
         """How far transitions x (N, D) are from the recent states, the policy's actions and the environment's dynamics.
 
-        state: energy distance of the states; policy: mean |a - a'| - mean |a' - a''| / 2, a', a'' of the policy in the
-        same state (the energy score: least where a is the policy's); dynamics: root mean square of s' against the
-        environment's, in standard deviations of the data.
+        state: energy distance of the states; policy: of the pairs (s, a), from the same states with actions of the
+        policy; dynamics: root mean square of s' against the environment's, in standard deviations of the data.
         """
         S = self.networks["energies"].ends[0]
-        s, a = x[:, :S], x[:, S:-S]
-        one, other = self.policy(s), self.policy(s)
+        s = x[:, :S]
         found = {"state": energy_distance(s, recent[torch.randint(len(recent), (len(s),), device=s.device), :S])}
-        found["policy"] = (a - one).norm(dim=1).mean() - 0.5 * (one - other).norm(dim=1).mean()
+        found["policy"] = energy_distance(x[:, :-S], torch.cat([s, self.policy(s)], dim=1))
         if self.simulate:
             raw = x * self.std + self.mean
             truth = self.simulate(raw[:, :S], raw[:, S:-S].clamp(-1, 1))
@@ -993,6 +968,7 @@ class Round(NamedTuple):
             guidance = make_guidance(energies, scales, args.full_gradient, args.guidance_clip)
         begin = time.time()
         made = self.generate(args.samples, denoise[1], guidance)
+        made[-1].tolist()  # waits for the device
         metrics["charts/generated_per_second"] = torch.tensor(len(made) / (time.time() - begin))
         if guidance:
             metrics |= {f"guided/{name}": value for name, value in self.distances(made[: len(plain)], recent).items()}
@@ -1285,11 +1261,14 @@ def main(args: Args) -> dict[str, Any]:
         fail(f"no environment is known for {args.env_id}: the online phase needs one")
     if saved and saved["dataset"].get("sha256") != source.get("sha256"):
         fail(f"{source['file']} is not the data that the resumed run was trained on")
+    if saved and saved["progress"]["step"] > args.num_updates:
+        fail(f"--online-steps {args.online_steps}: the run is at update {saved['progress']['step']} already")
+    terminals = columns["terminals"].astype(bool)
+    timeouts = columns.setdefault("timeouts", timeouts_by_limit(terminals, 1_000)).astype(bool)
     transitions, transform = make_transitions(columns, args)
     if not len(transitions):
         fail(f"{source['file']} holds no transition: D4RL's rule drops timeout rows and the last one")
-    ends = columns["terminals"].astype(bool) | columns["timeouts"].astype(bool)
-    keep = ~columns["timeouts"].astype(bool) & (np.arange(len(ends)) < len(ends) - 1)  # the rows of make_transitions
+    ends, keep = terminals | timeouts, ~timeouts & (np.arange(len(timeouts)) < len(timeouts) - 1)  # the same rows
     returns = monte_carlo_returns(transform.reward(columns["rewards"].astype(np.float64)), ends, args.gamma)[keep]
     data = torch.as_tensor(np.column_stack([transitions, returns]), dtype=torch.float32, device=device)
     obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
@@ -1350,8 +1329,10 @@ def main(args: Args) -> dict[str, Any]:
     notes: dict[str, float] = {}  # rows of the next step: what a kill loses with it
     while True:
         step, last = run.step, run.step >= args.num_updates
+        since = step - args.offline_updates - args.first_round
+        due = generative and since >= 0 and since % args.round_every == 0 and not last
         if metrics and (
-            run.stop or last or any(step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
+            run.stop or last or due or any(step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
         ):
             parameters = [p for network in networks.values() for p in network.parameters()]
             run.log(metrics | {"losses/parameter_norm": nn.utils.get_total_norm(parameters)})
@@ -1360,15 +1341,16 @@ def main(args: Args) -> dict[str, Any]:
             if episodes := evaluate(act, envs, seeds, run.stop):
                 run.log_evaluation(episodes, reference)
                 run.save(state, transform)
-        since = step - args.offline_updates - args.first_round
-        due = generative and since >= 0 and since % args.round_every == 0 and not last
         if metrics and (run.stop or last or due or step % args.save_every == 0):
             run.save(state, transform)
-        if due and not run.stop:  # a stop or a kill during a round: the resume makes it again
+        run.nothing_to_save = due  # a stop or a kill during a round: the resume makes it again
+        if due and not run.stop:
             x = torch.cat([diffused, online.recent(len(online))])
             rows, found = make_round(x[:, :D], x[:, D], x[:, D + 1], online.recent(args.positive_buffer)[:, :D])
             synthetic.add(rows)
             notes.update({name: float(value) for name, value in found.items()})
+            run.nothing_to_save = False
+            run.lap("round")
         if run.stop:
             run.leave()
         if last:
@@ -1378,14 +1360,17 @@ def main(args: Args) -> dict[str, Any]:
 
         if step >= args.offline_updates:
             interact()
-        batch = data[torch.randint(len(data), (args.batch_size,), device=device)]
-        if step >= args.offline_updates and len(online) >= args.batch_size:
-            share = 0 if args.augmentation == "none" or (generative and not len(synthetic)) else args.synthetic_ratio
-            n = round(share * args.batch_size)
-            added = synthetic.sample(n) if generative and n else batch[:n]
-            batch = torch.cat([added, online.sample(args.batch_size - n)])
+        offline = step < args.offline_updates or len(online) < args.batch_size
+        share = 0 if args.augmentation == "none" or (generative and not len(synthetic)) else args.synthetic_ratio
+        n = args.batch_size if offline else round(share * args.batch_size)
+        if generative and not offline:
+            batch = synthetic.sample(n) if n else data[:0]
+        else:
+            batch = data[torch.randint(len(data), (n,), device=device)]
+        if not offline:
+            batch = torch.cat([batch, online.sample(args.batch_size - n)])
         s, a, next_s, r, mask, mc = batch.split([obs_dim, act_dim, obs_dim, 1, 1, 1], dim=1)
-        cql_alpha = args.cql_alpha if step < args.offline_updates else args.cql_alpha_online
+        cql_alpha = args.cql_alpha if offline else args.cql_alpha_online
         metrics = update(s, a, next_s, r[:, 0], mask[:, 0], mc[:, 0], cql_alpha)
         run.progress["step"] += 1
         run.bar.update()

@@ -1,4 +1,4 @@
-"""EDIS against closed forms: sampler, guidance, energies, inpainting, returns."""
+"""EDIS against closed forms: sampler, guidance, energies, returns, SAC and CQL."""
 
 import math
 
@@ -13,19 +13,20 @@ CPU = torch.device("cpu")
 ARGS = edis.Args()
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 class GaussianDenoiser:
-    """D(x; sigma) = E[x | x + sigma n] of N(mean, cov), with the first `held` columns given without noise."""
+    """D(x; sigma) = E[x | x + sigma n] of N(mean, cov)."""
 
     def __init__(self, mean, cov):
         self.mean, self.cov = torch.tensor(mean), torch.tensor(cov)
 
-    def __call__(self, x, sigma, held=0):
-        h, sigma = held, torch.as_tensor(sigma).reshape(-1)[0]
-        gain = self.cov[h:, :h] @ torch.linalg.inv(self.cov[:h, :h]) if h else torch.zeros(len(self.mean), 0)
-        mean = self.mean[h:] + (x[:, :h] - self.mean[:h]) @ gain.T
-        cov = self.cov[h:, h:] - gain @ self.cov[:h, h:]
-        posterior = cov @ torch.linalg.inv(cov + sigma**2 * torch.eye(len(cov)))
-        return torch.cat([x[:, :h], mean + (x[:, h:] - mean) @ posterior.T], dim=1)
+    def __call__(self, x, sigma):
+        posterior = self.cov @ torch.linalg.inv(self.cov + sigma**2 * torch.eye(len(self.cov)))
+        return self.mean + (x - self.mean) @ posterior.T
 
 
 COV = [[1.0, 0.6, -0.3], [0.6, 0.8, 0.2], [-0.3, 0.2, 0.5]]
@@ -34,80 +35,42 @@ COV = [[1.0, 0.6, -0.3], [0.6, 0.8, 0.2], [-0.3, 0.2, 0.5]]
 @pytest.mark.parametrize("churn", [0.0, 80.0])
 @pytest.mark.parametrize("mean, cov", [([0.4], [[0.25]]), ([0.4, -1.0, 0.0], COV)])
 def test_unguided_sampling_gives_mean_and_covariance(mean, cov, churn):
-    torch.manual_seed(0)
     x = edis.EDM(64, churn, CPU).sample(GaussianDenoiser(mean, cov), torch.randn(30_000, len(mean)))
     assert_close(x.mean(0), torch.tensor(mean), atol=0.02, rtol=0)
     assert_close(x.T.cov().reshape(len(mean), -1), torch.tensor(cov), atol=0.06, rtol=0)
 
 
-@pytest.mark.parametrize("held", [1, 2])
-def test_given_columns_condition_the_rest(held):
-    """p(a | s) of a correlated Gaussian: conditional mean and variance, and the given columns as they were."""
-    torch.manual_seed(0)
-    given = torch.tensor([[1.5, -1.0]])[:, :held].expand(30_000, -1)
-    x = torch.cat([given, torch.randn(30_000, 3 - held)], dim=1)
-    x = edis.EDM(64, 80.0, CPU).sample(GaussianDenoiser([0.0] * 3, COV), x, held=held)
-    cov = torch.tensor(COV)
-    gain = cov[held:, :held] @ torch.linalg.inv(cov[:held, :held])
-    assert_close(x[:, :held], given)
-    assert_close(x[:, held:].mean(0), gain @ given[0], atol=0.03, rtol=0)
-    rest = (cov[held:, held:] - gain @ cov[:held, held:]).reshape(3 - held, -1)
-    assert_close(x[:, held:].T.cov().reshape(3 - held, -1), rest, atol=0.03, rtol=0)
-
-
-def test_replacement_is_no_conditioning():
-    """Why the denoiser is told what is given: s + sigma epsilon in an unconditional sampler misses p(a|s)."""
-    torch.manual_seed(0)
-    joint, edm = GaussianDenoiser([0.0, 0.0], [[1.0, 0.8], [0.8, 1.0]]), edis.EDM(64, 80.0, CPU)
-
-    def replaced(x, sigma, held):
-        return joint(torch.cat([1.5 + sigma * torch.randn_like(x[:, :1]), x[:, 1:]], dim=1), sigma)
-
-    x = edm.sample(replaced, torch.randn(20_000, 2))
-    assert x[:, 1].mean() < 1.0  # 0.8 * 1.5 = 1.2 is right
-
-
-def test_denoiser_learns_joint_and_conditionals():
-    """The trained network, told what is given, has the optimal denoiser's values for all three of its tasks."""
-    torch.manual_seed(0)
-    args = edis.dataclasses.replace(ARGS, denoiser_updates=2_500, denoiser_ema=0.99, denoiser_lr=2e-3)
+def test_denoiser_learns():
+    """The trained network has the optimal denoiser's values."""
+    args = edis.dataclasses.replace(ARGS, denoiser_updates=1_500, denoiser_ema=0.99, denoiser_lr=2e-3)
     x = torch.randn(20_000, 3) @ torch.linalg.cholesky(torch.tensor(COV)).T
-    denoiser = edis.Denoiser(3, 64, 2, (0, 1, 2))
+    denoiser = edis.Denoiser(3, 64, 2)
     ema = edis.copy.deepcopy(denoiser).requires_grad_(False)
     edis.train_denoiser(args, denoiser, ema, denoiser, x)
     exact, test = GaussianDenoiser([0.0] * 3, COV), x[:2_000]
-    for held in (0, 1, 2):
-        for sigma in (0.1, 0.5, 2.0):
-            noised = torch.cat([test[:, :held], (test + sigma * torch.randn_like(test))[:, held:]], dim=1)
-            with torch.no_grad():
-                error = ema(noised, torch.tensor(sigma), held) - exact(noised, sigma, held)
-            assert error.square().mean().sqrt() < 0.08, (held, sigma)
-            assert (error[:, :held] == 0).all()
+    for sigma in torch.tensor([0.1, 0.5, 2.0]):
+        noised = test + sigma * torch.randn_like(test)
+        with torch.no_grad():
+            assert (ema(noised, sigma) - exact(noised, sigma)).square().mean().sqrt() < 0.08, sigma
 
 
 def test_preconditioning():
-    """c_skip, c_out, c_in, c_noise of Karras et al. with sigma_data = 1; a given column is not scaled."""
-    denoiser, sigma = edis.Denoiser(2, 8, 1, (0, 1)), torch.tensor([0.5, 3.0])
-    seen = []
+    """c_skip, c_out, c_in, c_noise of Karras et al. with sigma_data = 1."""
+    denoiser, sigma, seen = edis.Denoiser(2, 8, 1), torch.tensor([0.5, 3.0]), []
     denoiser.first.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     denoiser.last.weight.data.zero_()
     denoiser.last.bias.data.fill_(1.0)
-    x = torch.ones(2, 2)
     total = sigma**2 + 1
-    assert_close(denoiser(x, sigma), (1 / total + sigma / total.sqrt())[:, None].expand(2, 2))
+    assert_close(denoiser(torch.ones(2, 2), sigma), (1 / total + sigma / total.sqrt())[:, None].expand(2, 2))
     assert_close(seen[0][:, :2], total.rsqrt()[:, None].expand(2, 2))
     assert_close(seen[0][:, 2:10], torch.cos(sigma.log()[:, None] / 4 * denoiser.frequencies))
-    assert (denoiser(x, sigma, 1)[:, 0] == 1).all() and (seen[1][:, 0] == 1).all()
 
 
 def test_edm_loss():
-    """(sigma^2 + 1) / sigma^2 times the squared error of what is not given."""
-    x, sigma, noise = torch.zeros(2, 3), torch.tensor([0.5, 2.0]), torch.ones(2, 3)
-    loss = edis.edm_loss(lambda noised, sigma, held: noised, x, sigma, noise)  # error sigma
+    """(sigma^2 + 1) / sigma^2 times the mean squared error."""
+    sigma = torch.tensor([0.5, 2.0])
+    loss = edis.edm_loss(lambda noised, sigma: noised, torch.zeros(2, 3), sigma, torch.ones(2, 3))  # error sigma
     assert_close(loss, (sigma**2 + 1).mean())
-    seen = []
-    edis.edm_loss(lambda noised, sigma, held: seen.append(noised) or noised, x, sigma, noise, held=2)
-    assert_close(seen[0], torch.tensor([[0.0, 0.0, 0.5], [0.0, 0.0, 2.0]]))
 
 
 # p = N(0, 1), q = N(1, 0.5^2): E = log p_sigma / q_sigma at every level is known
@@ -139,14 +102,17 @@ def test_wrong_guidance_misses():
 
 
 class RawEnergies(torch.nn.Module):
-    """The exact energy, of raw coordinates y = 3 + 2 x: autograd owes the chain rule."""
+    """Exact energies of p = N(0, 1), q = N(1, std^2), of raw coordinates y = 3 + 2 x: autograd owes the chain rule."""
 
-    ends = (1, 2, 3)
+    ends, nets = (1, 2, 3), (0, 1, 2)
+
+    def __init__(self, std=0.5):
+        super().__init__()
+        self.variance = (2 * std) ** 2
 
     def forward(self, i, x, sigma):
-        y, sigma = 3 + 2 * x[:, i], 2 * sigma
-        p, q = -((y - 3) ** 2) / (2 * (4 + sigma**2)), -((y - 5) ** 2) / (2 * (1 + sigma**2))
-        return p - q
+        y, noise = 3 + 2 * x[:, i], (2 * sigma) ** 2
+        return -((y - 3) ** 2) / (2 * (4 + noise)) + (y - 5) ** 2 / (2 * (self.variance + noise))
 
 
 @pytest.mark.parametrize("i", range(3))
@@ -159,8 +125,17 @@ def test_guidance_is_the_gradient_in_normalised_coordinates(i):
     assert_close(guidance(x, sigma), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_the_clip_leaves_narrow_targets_alone():
+    """Bounding the gradient itself by 10 sqrt(D), as the published code does, keeps the deviation near 0.1."""
+    guidance = edis.make_guidance(RawEnergies(0.03), (1.0, 1.0, 1.0), False, ARGS.guidance_clip)
+    exact = GaussianDenoiser([0.0] * 3, torch.eye(3).tolist())
+    x = edis.EDM(128, 80.0, CPU).sample(exact, torch.randn(2_000, 3), guidance)
+    assert_close(x.mean(0), torch.ones(3), atol=0.02, rtol=0)
+    assert_close(x.std(0), torch.full((3,), 0.03), atol=0.005, rtol=0)
+
+
 def test_own_blocks_and_clip():
-    energies = edis.Energies(2, 1)
+    energies = edis.Energies(2, 1, 16)
     x, sigma = torch.randn(5, 5), torch.tensor(0.5)
 
     def gradient(scales, full=False, clip=1e9):
@@ -172,10 +147,10 @@ def test_own_blocks_and_clip():
     assert (gradient((0, 0, 1), full=True).abs().sum(0) > 0).all()
     assert_close(gradient((2.0, 0, 0)), 2 * gradient((1.0, 0, 0)))
     free = gradient((1, 1, 1))
-    bound = float(free.norm(dim=1).median()) / math.sqrt(5)
-    clipped = gradient((1, 1, 1), clip=bound)
-    assert (clipped.norm(dim=1) <= bound * math.sqrt(5) * (1 + 1e-5)).all()
-    small = free.norm(dim=1) < bound * math.sqrt(5)
+    bound = float(free.norm(dim=1).median())
+    clipped = gradient((1, 1, 1), clip=bound * 0.5 / math.sqrt(5))  # of sigma times the gradient
+    assert (clipped.norm(dim=1) <= bound * (1 + 1e-5)).all()
+    small = free.norm(dim=1) < bound
     assert small.any() and not small.all()
     assert_close(clipped[small], free[small])
 
@@ -187,7 +162,7 @@ def test_info_nce_recovers_a_log_density_ratio():
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     for _ in range(2_000):
         positive, negatives = 1 + 0.5 * torch.randn(256, 1), torch.randn(256, 10, 1)
-        loss, _ = edis.info_nce(net(positive)[:, 0], net(negatives)[..., 0])
+        loss, _ = edis.info_nce(torch.cat([net(positive), net(negatives)[..., 0]], dim=1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -199,86 +174,107 @@ def test_info_nce_recovers_a_log_density_ratio():
 
 def test_a_positive_is_contrasted_with_its_own_negatives():
     """Permuting whole groups changes nothing; permuting negatives between groups does."""
-    positive, negatives, order = torch.randn(64), 3 * torch.randn(64, 10), torch.randperm(64)
-    loss, found = edis.info_nce(positive, negatives)
-    assert_close(edis.info_nce(positive[order], negatives[order])[0], loss)
-    assert (edis.info_nce(positive, negatives[order])[0] - loss).abs() > 1e-3
-    assert_close(found, positive < negatives.amin(1))
+    center, order = 5 * torch.randn(64, 1), torch.randperm(64)
+    positive, negatives = center, center + torch.randn(64, 10)
+    loss, found = edis.info_nce(torch.cat([positive, negatives], dim=1))
+    assert_close(edis.info_nce(torch.cat([positive, negatives], dim=1)[order])[0], loss)
+    assert (edis.info_nce(torch.cat([positive, negatives[order]], dim=1))[0] - loss).abs() > 1
+    assert_close(found, positive[:, 0] < negatives.amin(1))
 
 
-def small_round(**flags):
-    """A Round in one dimension each, x = (s, a, s') ~ N(0, 1), independent, and its recent transitions."""
+def test_energies_are_trained_on_top_of_each_other():
+    """Each loss moves its own network only; positives come first, each with the negatives of its row."""
+    energies, sigma = edis.Energies(2, 1, 16), torch.full((6,), 0.5)
+    acted, chosen, negatives = torch.randn(6, 5), torch.randn(6, 3), torch.randn(6, 4, 5)
+    losses = edis.energy_losses(energies, acted, chosen, negatives, sigma)
+    networks = [energies.nets[0], energies.nets[1], energies.behavior, energies.nets[2]]
+    for i, (loss, _) in enumerate(losses):
+        for j, network in enumerate(networks):
+            gradients = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True, allow_unused=True)
+            assert any(g is not None and g.abs().sum() > 0 for g in gradients) == (i == j)
+
+    def e(network, x):
+        return energies(network, x, torch.full(x.shape[:-1], 0.5))
+
+    x = torch.cat([acted[:, None], negatives], dim=1)
+    assert_close(losses[3][0], edis.info_nce(e(energies.behavior, x[..., :3]) + e(energies.nets[2], x))[0])
+    x = torch.cat([chosen[:, None], negatives[..., :3]], dim=1)
+    assert_close(losses[0][0], edis.info_nce(e(energies.nets[0], x[..., :2]))[0])
+    assert_close(losses[1][0], edis.info_nce(e(energies.nets[0], x[..., :2]) + e(energies.nets[1], x))[0])
+
+
+# p: s ~ N(0, 1), a = 0.8 s + 0.6 e, s' = (s + a) / 2 + 0.4 e; q: s ~ N(1, 0.5^2), a = 0.4 s + 0.4 e,
+# s' = 0.8 s + 0.5 a + 0.3 e. In p, s and a depend on each other: a noised a tells of s.
+P_ROOT = torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [0.9, 0.3, 0.4]])
+Q_ROOT = torch.tensor([[0.5, 0, 0], [0.2, 0.4, 0], [0.5, 0.2, 0.3]])
+Q_MEAN = torch.tensor([1.0, 0.4, 1.0])
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A Round whose energies were trained for q by an actor 0.4 s + 0.4 e, and the exact denoiser of p."""
     torch.manual_seed(0)
-    args = edis.dataclasses.replace(
-        ARGS, pool=2_000, energy_updates=2_000, energy_batch=128, energy_lr=3e-3, samples=4_000, **flags
-    )
-    networks = {"energies": edis.Energies(1, 1), "actor": None}
-    networks["energies"].nets = torch.nn.ModuleList(edis.MLP(end + 1, 1, hidden=(64, 64)) for end in (1, 2, 3))
-    return edis.Round(args, networks, edis.EDM(64, 80.0, CPU), torch.zeros(3), torch.ones(3), None)
+    flags = {"pool": 4_000, "energy_updates": 2_000, "energy_batch": 128, "energy_lr": 3e-3, "energy_width": 64}
+    args = edis.dataclasses.replace(ARGS, **flags)
+
+    class Policy(torch.nn.Module):
+        def forward(self, s, epsilon):
+            return 0.4 * s + 0.4 * epsilon, None
+
+    networks = {"energies": edis.Energies(1, 1, args.energy_width), "actor": Policy()}
+    work = edis.Round(args, networks, edis.EDM(64, 80.0, CPU), torch.zeros(3), torch.ones(3), None)
+    denoise = GaussianDenoiser([0.0] * 3, (P_ROOT @ P_ROOT.T).tolist())
+    accuracies = work.train_energies(Q_MEAN + torch.randn(8_000, 3) @ Q_ROOT.T, denoise)
+    assert accuracies["state_accuracy_sigma_0.1"] > 0.15 and accuracies["state_accuracy_sigma_80"] < 0.15  # 1 / 11
+    return work, denoise
 
 
-def test_trained_energies_give_the_target(monkeypatch):
-    """States to N(1, 0.5^2), actions to pi(a|s) = N(s / 2, 0.3^2), next states to N(s + a, 0.4^2)."""
-    work = small_round()
-    exact = GaussianDenoiser([0.0] * 3, torch.eye(3).tolist())
-    s = 1 + 0.5 * torch.randn(8_000, 1)
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 2.0])
+def test_energies_are_the_log_density_ratios(trained, sigma):
+    """E1, E2(a|s) and E3(s'|s, a) of noised x, up to a constant: the conditional ones too."""
+    energies, noise = trained[0].networks["energies"], sigma**2 * torch.eye(3)
+    p = torch.distributions.MultivariateNormal(torch.zeros(3), P_ROOT @ P_ROOT.T + noise)
+    q = torch.distributions.MultivariateNormal(Q_MEAN, Q_ROOT @ Q_ROOT.T + noise)
+    x = q.sample((4_000,))
 
-    def policy(self, s):
-        return 0.5 * s + 0.3 * torch.randn_like(s)
+    def log_ratio(n):
+        """log p_sigma / q_sigma of the first n coordinates."""
+        marginals = (
+            torch.distributions.MultivariateNormal(d.mean[:n], d.covariance_matrix[:n, :n]).log_prob(x[:, :n])
+            for d in (p, q)
+        )
+        return next(marginals) - next(marginals)
 
-    monkeypatch.setattr(edis.Round, "policy", policy)
-    a = policy(None, s)
-    recent = torch.cat([s, a, s + a + 0.4 * torch.randn_like(s)], dim=1)
-    accuracies = work.train_energies(recent, exact)
-    assert accuracies["state_accuracy_sigma_0.1"] > 0.2 and accuracies["state_accuracy_sigma_80"] < 0.2  # chance: 1/11
-    guidance = edis.make_guidance(work.networks["energies"], (1.0, 1.0, 1.0), True, 10.0)
-    x = work.generate(4_000, exact, guidance)
-    assert abs(x[:, 0].mean() - 1) < 0.1 and abs(x[:, 0].std() - 0.5) < 0.1
-    residual = x[:, 1] - 0.5 * x[:, 0]
-    assert abs(residual.mean()) < 0.1 and abs(residual.std() - 0.3) < 0.1
-    residual = x[:, 2] - x[:, 0] - x[:, 1]
-    assert abs(residual.mean()) < 0.1 and abs(residual.std() - 0.4) < 0.15  # the third link: errors add up
-    x = work.generate(4_000, exact, edis.make_guidance(work.networks["energies"], (1.0, 1.0, 1.0), False, 10.0))
-    assert (x[:, 2] - x[:, 0] - x[:, 1]).std() > 0.7  # each on its own block only: dependence is lost
+    for i, bound in enumerate((0.1, 0.25, 0.35)):
+        with torch.no_grad():
+            error = energies(energies.nets[i], x[:, : i + 1], torch.full((len(x),), sigma))
+        error -= log_ratio(i + 1) - (log_ratio(i) if i else 0)
+        assert error.std() < bound, (i, error.std())
 
 
-def test_pools_are_samples_at_their_levels():
-    """Negatives at level i have the variance of p plus sigma_i^2, and share the condition of their positive."""
-    torch.manual_seed(0)
-    args = edis.dataclasses.replace(ARGS, negatives=4, chunk=1_000)
-    energies, edm, cov = edis.Energies(1, 1), edis.EDM(64, 80.0, CPU), torch.tensor(COV)
-    conditions = torch.randn(3_000, 3) @ torch.linalg.cholesky(cov).T
-    pools = edis.make_pools(args, edm, GaussianDenoiser([0.0] * 3, COV), conditions, energies)
-    assert [pool.shape for pool in pools] == [(64, 3_000, 1), (64, 3_000, 4, 1), (64, 3_000, 4, 1)]
+def test_trained_energies_give_the_target(trained):
+    work, denoise = trained
+    x = work.generate(6_000, denoise, edis.make_guidance(work.networks["energies"], (1.0, 1.0, 1.0), True, 10.0))
+    whitened = torch.linalg.solve(Q_ROOT, (x - Q_MEAN).T)  # N(0, I)
+    e = whitened * torch.tensor([[0.5], [0.4], [0.3]])  # the links' own noise: s - 1, a - 0.4 s, s' - 0.8 s - 0.5 a
+    assert (e.mean(1).abs() < 0.1).all()
+    assert_close(e.std(1), torch.tensor([0.5, 0.4, 0.3]), atol=0.1, rtol=0)
+    x = work.generate(6_000, denoise, edis.make_guidance(work.networks["energies"], (1.0, 0.0, 0.0), True, 10.0))
+    cov = x[:, :2].T.cov()
+    assert cov[0, 1] / cov[0, 0] > 0.7  # the policy's 0.4 s is E2's doing
+    x = work.generate(6_000, denoise, edis.make_guidance(work.networks["energies"], (0.0, 1.0, 1.0), True, 10.0))
+    assert x[:, 0].mean() < 0.7  # the recent states are E1's
+
+
+def test_the_pool_has_its_levels_noise():
+    args = edis.dataclasses.replace(ARGS, pool=3_000, chunk=1_000)
+    work = edis.Round(args, {}, edis.EDM(64, 80.0, CPU), torch.zeros(3), torch.ones(3), None)
+    pool = work.make_pool(GaussianDenoiser([0.0] * 3, COV))
+    assert pool.shape == (64, 3_000, 3)
     for level in (25, 40, 63):
-        sigma = edm.sigma_hat[level]
-        assert_close(pools[0][level].var(), cov[0, 0] + sigma**2, rtol=0.1, atol=0)
-        residual = pools[1][level, :, :, 0] - cov[0, 1] * conditions[:, :1]
-        assert_close(residual.var(), cov[1, 1] - cov[0, 1] ** 2 + sigma**2, rtol=0.1, atol=0)
-        gain = cov[2, :2] @ torch.linalg.inv(cov[:2, :2])
-        residual = pools[2][level, :, :, 0] - (conditions[:, :2] @ gain)[:, None]
-        assert_close(residual.var(), cov[2, 2] - gain @ cov[:2, 2] + sigma**2, rtol=0.1, atol=0)
-
-
-def test_energy_batches():
-    """Positives are noised at their level; negatives carry the condition of their own positive, noised as well."""
-    torch.manual_seed(0)
-    edm, energies, P, K = edis.EDM(8, 0.0, CPU), edis.Energies(2, 1), 50, 3
-    conditions = 100.0 * torch.arange(P)[:, None].expand(P, 5) + torch.zeros(P, 5)
-    pools = [torch.zeros(8, P, 2), *(torch.arange(P).view(1, P, 1, 1).expand(8, P, K, n) * 100.0 for n in (1, 2))]
-    level = torch.full((200,), 7)  # sigma = 0.002
-    for i, end in ((1, 3), (2, 5)):
-        batch = edis.energy_batch(i, edm, energies, pools, conditions, conditions[:, :end], level, K)
-        positive, (own, other) = batch
-        assert positive.shape == (200, end) and own.shape == other.shape == (200, K, end)
-        assert_close(own, positive[:, None].expand(-1, K, -1), atol=0.05, rtol=0)
-        assert_close(other, other[..., :1].expand(-1, -1, end), atol=0.05, rtol=0)  # conditions with their own samples
-        same = (other[..., 0] - positive[:, None, 0]).abs() < 1
-        assert same.float().mean() < 0.1 and len(positive[:, 0].round().unique()) > 10
-    level = torch.zeros(4_000, dtype=torch.long)  # sigma = 80
-    positive, (negatives,) = edis.energy_batch(0, edm, energies, pools, conditions, torch.zeros(10, 2), level, K)
-    assert_close(positive.std(), torch.tensor(80.0), rtol=0.05, atol=0)
-    assert (negatives == 0).all()
+        variance = work.edm.sigma_hat[level] ** 2
+        expected = torch.tensor(COV) + variance * torch.eye(3)
+        assert_close(pool[level].T.cov(), expected, rtol=0, atol=0.12 * (1 + variance.item()))
 
 
 def test_normalisation_round_trip():
@@ -290,7 +286,7 @@ def test_normalisation_round_trip():
         def forward(self, s, epsilon):
             return s.sum(1, keepdim=True), None
 
-    networks = {"energies": edis.Energies(2, 1), "actor": Echo(), "model": model}
+    networks = {"energies": edis.Energies(2, 1, 8), "actor": Echo(), "model": model}
     work = edis.Round(ARGS, networks, edis.EDM(4, 0.0, CPU), mean, std, None)
     raw = torch.randn(6, 5) / 5
     x = work.normalize(raw)
@@ -298,7 +294,11 @@ def test_normalisation_round_trip():
     assert_close(rows[:, :5], raw, atol=1e-5, rtol=1e-4)
     reward, logit = model(x)
     assert_close(rows[:, 5], reward)
-    assert_close(rows[:, 6], (logit < 0).float())
+    assert_close(rows[:, 6], torch.sigmoid(-logit))
+    beyond = raw.clone()
+    beyond[:, S] = 3.0  # the model sees the action that the row holds
+    clamped = torch.cat([raw[:, :S], torch.full((6, 1), 0.999), raw[:, S + 1 :]], dim=1)
+    assert_close(work.rows(work.normalize(beyond)), work.rows(work.normalize(clamped)))
     assert rows.shape == (6, 8) and (rows[:, 7] == -math.inf).all()
     assert_close(work.policy(x[:, :S]) * std[2] + mean[2], raw[:, :S].sum(1, keepdim=True))
 
@@ -315,22 +315,130 @@ def test_actor_density():
 
 
 def test_cql_penalty():
-    """For Q constant over actions and a uniform density 1/2, log E exp Q / (1/2) * ... = Q + log 2."""
+    """For Q constant over actions of density 1/2: log mean exp(Q) / (1/2) = Q + log 2, above Q of the data."""
     q, q_data = torch.full((8, 5), 3.0), torch.full((5,), 1.0)
     assert_close(edis.cql_penalty(q, torch.full((8, 5), math.log(0.5)), q_data), torch.tensor(2.0 + math.log(2)))
     assert_close(edis.cql_penalty(q, torch.zeros(8, 5), q_data), torch.tensor(2.0))
 
 
+class Recorder(torch.nn.Module):
+    """A critic with Q(s, a) = level + slope * a[0], which keeps what it was asked."""
+
+    def __init__(self, level=0.0, slope=0.0):
+        super().__init__()
+        self.level, self.slope = torch.nn.Parameter(torch.tensor(level)), slope
+        self.asked = []
+
+    def forward(self, s, a):
+        self.asked.append((s, a))
+        q = self.level + self.slope * a[..., 0]
+        return q, q + 1
+
+    min = edis.Critic.min
+
+
+def agent(critic, target, **flags):
+    """An update with these critics, of states (B, 2) and actions (B, 1)."""
+    args = edis.dataclasses.replace(ARGS, denoiser_width=8, **flags)
+    networks = edis.make_networks(2, 1, args, CPU)
+    networks["critic"], networks["critic_target"] = critic, target.requires_grad_(False)
+    return edis.make_update(args, networks)[0], networks
+
+
+def a_batch(B=64):
+    return [torch.randn(B, 2), torch.rand(B, 1), torch.randn(B, 2), torch.rand(B), (torch.rand(B) > 0.3).float()]
+
+
+@pytest.mark.parametrize("cql_alpha", [0.0, 1.0])
+def test_sac_update(cql_alpha):
+    """Targets r + gamma mask (min Q'(s', a') - alpha log pi), no entropy beside CQL; target rate; the actor's way."""
+    batch, minus_infinity = a_batch(), torch.full((64,), -math.inf)
+    update, networks = agent(Recorder(2.0), Recorder(5.0, slope=3.0), gamma=0.9, tau=0.1, cql_actions=1)
+    networks["temperature"]["log_alpha"].data.fill_(math.log(0.5))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        a, log_pi = networks["actor"](batch[2], torch.randn_like(batch[1]))
+    target = batch[3] + 0.9 * batch[4] * (5 + 3 * a[:, 0] - 0.5 * log_pi * (cql_alpha == 0))
+    torch.manual_seed(1)
+    losses = update(*batch, minus_infinity, cql_alpha)
+    assert_close(losses["losses/qf1_loss"], (2 - target).square().mean())
+    assert_close(losses["losses/qf2_loss"], (3 - target).square().mean())
+    level = networks["critic"].level.item()
+    assert level > 2 and abs(networks["critic_target"].level.item() - (5 + 0.1 * (level - 5))) < 1e-5
+
+    update, networks = agent(Recorder(0.0, slope=100.0), Recorder(0.0), actor_lr=1e-2)
+    before = networks["actor"].mode(batch[0])
+    for _ in range(3):
+        update(*batch, minus_infinity, cql_alpha)
+    assert (networks["actor"].mode(batch[0]) - before).mean() > 0.2  # larger actions are better
+
+
 @pytest.mark.parametrize("calibrate", [True, False])
-def test_calibration(calibrate):
-    """Cal-QL: two of three actions are the policy's, worth the Monte-Carlo return where that is more."""
-    torch.manual_seed(0)
-    args = edis.dataclasses.replace(ARGS, calibrate=calibrate, denoiser_width=8)
-    update, _ = edis.make_update(args, edis.make_networks(2, 1, args, CPU))
-    zeros = torch.zeros(64)
-    batch = [torch.randn(64, 2), torch.rand(64, 1), torch.randn(64, 2), zeros, zeros]
-    penalty = update(*batch, torch.full((64,), 1_000.0), 1.0)["losses/cql_loss"]
-    assert (penalty > 1_900) == calibrate  # both critics
+def test_cql_wiring(calibrate):
+    """M uniform actions, M of the policy in s, M of it in s'; Q at s for all; Cal-QL lifts the policy's to the return.
+
+    Densities: with one critic value everywhere, and the policy's actions lifted far above, or not, what is left is the
+    log mean of 1 / density, or their share.
+    """
+    (s, a, next_s, r, mask), M = a_batch(), 500
+    critic = Recorder(7.0)
+    update, networks = agent(critic, Recorder(0.0), calibrate=calibrate, cql_actions=M)
+    net = networks["actor"].net.layers[-1]
+    net.weight.data.zero_()
+    net.bias.data.copy_(torch.tensor([0.0, 0.0]))  # one density for every state
+    seen = []
+    networks["actor"].register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    penalty = update(s, a, next_s, r, mask, torch.full((64,), 1_000.0), 1.0)["losses/cql_loss"]
+    asked_s, asked_a = next(pair for pair in critic.asked if len(pair[0]) == 3 * M * 64)
+    assert_close(asked_s.view(3 * M, 64, 2), s.expand(3 * M, -1, -1))
+    blocks = asked_a.view(3, M * 64)
+    assert blocks[0].abs().max() <= 1 and abs(blocks[0].std() - 3**-0.5) < 0.01
+    (_, ours), (_, theirs) = ((x, out) for x, out in seen if out[0].dim() == 3)
+    assert [x is y for x, y in zip((x for x, out in seen if out[0].dim() == 3), (s, next_s), strict=True)] == [True] * 2
+    assert_close(asked_a.view(3, M, 64, 1)[1:], torch.stack([ours[0], theirs[0]]))
+    log_density = torch.cat([torch.full((M, 64), -math.log(2)), ours[1], theirs[1]])
+    expected = 0.0
+    for q in (7.0, 8.0):
+        value = torch.full((3 * M, 64), q)
+        value[M:] = 1_000.0 if calibrate else q
+        expected += ((value - log_density).logsumexp(0) - math.log(3 * M) - q).mean()
+    assert_close(penalty, expected)
+
+
+def test_distances():
+    """Least where the states are the recent ones, the actions the policy's, the next states the environment's."""
+
+    class Policy(torch.nn.Module):
+        def forward(self, s, epsilon):
+            return s[:, :1] + 0.5 * epsilon, None
+
+    mean, std = torch.tensor([1.0, 0.5, 2.0]), torch.tensor([2.0, 0.5, 3.0])
+    networks = {"energies": edis.Energies(1, 1, 8), "actor": Policy()}
+    work = edis.Round(ARGS, networks, edis.EDM(4, 0.0, CPU), mean, std, lambda s, a: s + a)
+    s = torch.randn(3_000, 1)
+    a = s + 0.5 * torch.randn(3_000, 1)
+    recent = work.normalize(torch.cat([s, a, s + a.clamp(-1, 1)], dim=1))
+    right = work.distances(recent, recent)
+    assert abs(right["state"]) < 0.02 and abs(right["policy"]) < 0.02 and right["dynamics"] < 1e-5
+    for column, name in enumerate(("state", "policy", "dynamics")):
+        wrong = recent.clone()
+        wrong[:, column] += 0.5
+        assert work.distances(wrong, recent)[name] > right[name] + 0.03
+
+
+def test_simulator_is_the_environment():
+    """A step of Hopper from its own state, through a transform of the observations."""
+    import gymnasium as gym
+
+    env, transform = gym.make("Hopper-v4"), edis.Transform(obs_shift=np.full(11, -0.3), obs_scale=np.full(11, 2.0))
+    simulate = edis.make_simulator(gym.make("Hopper-v4"), transform, 11)
+    obs, _ = env.reset(seed=0)
+    for _ in range(10):
+        action = env.action_space.sample()
+        next_obs, *_ = env.step(action)
+        s, a = (torch.as_tensor(x, dtype=torch.float32)[None] for x in (transform.obs(obs), action))
+        assert_close(simulate(s, a)[0], torch.as_tensor(transform.obs(next_obs)).float(), atol=1e-4, rtol=1e-4)
+        obs = next_obs
 
 
 def test_actor_and_temperature_losses():

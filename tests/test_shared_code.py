@@ -17,7 +17,7 @@ NOT_IQL = ("edis_sac", "edp_crr", "edp_td3")
 
 # Definition: the scripts that have it, all alike. `Args.x` is a field, with its type, default and help.
 SHARED = dict.fromkeys((
-    "fail", "parse_args", "D4RL", "LEVELS", "D4RL_IDS", "BUNDLED_IDS", "D4RL_URLS", "Columns", "Transform", "KEYS",
+    "fail", "D4RL", "LEVELS", "D4RL_IDS", "BUNDLED_IDS", "D4RL_URLS", "Columns", "Transform", "KEYS",
     "read_hdf5", "check", "download_d4rl", "load_minari", "load_task", "timeouts_by_limit", "make_transitions", "Mish",
     "MLP", "Critic", "make_envs", "evaluate", "load_checkpoint", "describe", "Run", "set_up",
     *(f"Args.{name}" for name in (
@@ -28,22 +28,23 @@ SHARED = dict.fromkeys((
     )),
 ), ALL)  # fmt: skip
 SHARED |= dict.fromkeys((
-    "CLIPS", "SPARSE", "PRESETS", "RESUMABLE", "flatten", "Policy", "Diffusion", "reconstruct", "select_actions",
-    "main", *(f"Args.{name}" for name in (
+    "CLIPS", "SPARSE", "PRESETS", "RESUMABLE", "parse_args", "flatten", "Policy", "Diffusion", "reconstruct",
+    "select_actions", "main", *(f"Args.{name}" for name in (
         "env_id", "num_updates", "eval_candidates", "lr", "max_grad_norm", "diffusion_steps",
         "beta_schedule", "sampler", "sampler_steps", "solver_order", "diffusion_coef", "compile",
     )),
 ), EDP)  # fmt: skip
 SHARED |= dict.fromkeys(("weighted_regression", "Args.guidance_coef", "Args.likelihood"), REGRESSION)
 SHARED |= dict.fromkeys(("FAMILIES", "make_networks", "Args.policy_target_start", "Args.policy_target_every"), SAMPLED)
-SHARED |= {"LOCOMOTION": NOT_IQL, "critic_losses": NOT_IQL}
+SHARED |= {"LOCOMOTION": SAMPLED, "critic_losses": NOT_IQL}
 # Same name in several scripts, on purpose not the same text
 DIFFERS = {
     "LOCOMOTION": "only IQL scales rewards by the range of returns",
     "FAMILIES": "AntMaze's rewards, and its expectile for IQL",
     "MINI": "TD3 has no guidance coefficient; EDIS has other arguments",
-    "PRESETS": "EDIS has a table of guidance scales",
+    "PRESETS": "EDIS has settings for the bundled sets only",
     "RESUMABLE": "EDIS counts online steps",
+    "parse_args": "before its online phase, EDIS lets a resume change that phase's arguments",
     "check_args": "each algorithm's own arguments",
     "critic_losses": "IQL's docstring names its equation",
     "make_networks": "V for IQL, a target policy for the others",
