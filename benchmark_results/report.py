@@ -1,13 +1,15 @@
 """Tables and figures from the raw runs: python benchmark_results/report.py
 
-Writes the README's results table and learning_curves.png. Per data set and variant: means over seeds of the last
-evaluation, of the mean of the last ten and of the best one; the interquartile mean of the last evaluation's episodes
-over all seeds with a 95 % bootstrap interval; updates per second.
+Writes the README's tables and two figures. Per data set and variant: means over seeds of the last evaluation, of the
+mean of the last ten and of the best one; the interquartile mean of the last evaluation's episodes over all seeds with a
+95 % bootstrap interval, resampled within seeds; updates per second. For EDIS, the distances of its synthetic
+transitions with and without guidance too.
 """
 
 import csv
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -16,65 +18,117 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-LABELS = {"edp_iql": "EDP-IQL", "edp_crr": "EDP-CRR", "edp_td3": "EDP-TD3", "bc": "behaviour cloning"}
-COLOURS = {"edp_iql": "#4477aa", "edp_crr": "#228833", "edp_td3": "#ccbb44", "bc": "#cc6677"}
+README = HERE.parent / "README.md"
+LABELS = {
+    "edp_iql": "EDP-IQL", "edp_crr": "EDP-CRR", "edp_td3": "EDP-TD3", "bc": "behaviour cloning",
+    "edis": "EDIS", "synther": "without energies (SynthER)", "offline": "real offline data (RLPD)",
+    "none": "online data only", "edis_no_state": "EDIS without E1", "edis_no_policy": "EDIS without E2",
+    "edis_no_transition": "EDIS without E3",
+}  # fmt: skip
+COLOURS = dict(zip(LABELS, [*map(plt.get_cmap("tab10"), range(10)), "black"], strict=True))
+DISTANCES = {"state": "states to the recent ones", "policy": "actions to the policy's", "dynamics": "dynamics error"}
 
 
-def interquartile_mean(values: np.ndarray) -> float:
-    """Mean of the middle half."""
-    ordered = np.sort(values)
-    cut = len(ordered) // 4
-    return float(ordered[cut : len(ordered) - cut].mean())
+class Job(NamedTuple):
+    """One run: its evaluations' steps and mean returns, the last one's episodes, result.json, metrics.jsonl."""
+
+    steps: list[int]
+    curve: list[float]
+    last: list[float]
+    result: dict[str, Any]
+    metrics: list[dict[str, float]]
+
+
+def load(folder: Path) -> Job:
+    with open(folder / "evaluations.csv") as file:
+        rows = [(int(row["step"]), float(row["return"])) for row in csv.DictReader(file)]
+    steps = sorted({step for step, _ in rows})
+    curve = [float(np.mean([r for s, r in rows if s == step])) for step in steps]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [r for s, r in rows if s == steps[-1]]
+    return Job(steps, curve, last, json.loads((folder / "result.json").read_text()), metrics)
+
+
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of the middle half along the last axis."""
+    ordered, cut = np.sort(values), values.shape[-1] // 4
+    return ordered[..., cut : values.shape[-1] - cut].mean(-1)
+
+
+def results_table(runs: dict[str, dict[str, list[Job]]], statistics: dict[str, Any], unit: str) -> list[str]:
+    columns = f"data | mean return of the data | algorithm | seeds | {unit} | last | mean of last 10 | best"
+    lines, rng = [f"| {columns} | IQM of last [95 %] | updates/s |", "|" + "---|" * 10], np.random.default_rng(0)
+    for env_id, variants in runs.items():
+        for variant, jobs in variants.items():
+            picks = [rng.choice(job.last, (2_000, len(job.last))) for job in jobs]  # within seeds: stratified
+            low, high = np.percentile(interquartile_mean(np.concatenate(picks, axis=1)), [2.5, 97.5])
+            iqm = interquartile_mean(np.concatenate([job.last for job in jobs]))
+            keys = ("last", "mean_of_last_10", "best")
+            means = " | ".join(f"{np.mean([job.result['return'][key] for job in jobs]):.0f}" for key in keys)
+            speed = np.median([job.result["updates_per_second"] for job in jobs])
+            lines.append(
+                f"| {env_id} | {statistics[env_id]['return_mean']:.0f} | {LABELS[variant]} | {len(jobs)} "
+                f"| {jobs[0].steps[-1]} | {means} | {iqm:.0f} [{low:.0f}, {high:.0f}] | {speed:.0f} |"
+            )
+    return lines
+
+
+def distance_table(runs: dict[str, dict[str, list[Job]]]) -> list[str]:
+    """Means over seeds and rounds; in how many rounds guidance made it less."""
+    lines = ["| data | algorithm | distance | without guidance | with guidance | less in rounds |", "|" + "---|" * 6]
+    for env_id, variants in runs.items():
+        for variant, jobs in variants.items():
+            rounds = [row for job in jobs for row in job.metrics if "guided/state" in row]
+            for key, label in DISTANCES.items() if rounds else ():
+                a, b = (np.array([row[f"{kind}/{key}"] for row in rounds]) for kind in ("unguided", "guided"))
+                row = f"| {env_id} | {LABELS[variant]} | {label} | {a.mean():.4f} | {b.mean():.4f}"
+                lines.append(f"{row} | {(b < a).sum()} of {len(a)} |")
+    return lines
+
+
+def draw(runs: dict[str, dict[str, list[Job]]], statistics: dict[str, Any], unit: str, path: Path) -> None:
+    size = (5.5 * len(runs), 3.6)
+    fig, axes = plt.subplots(1, len(runs), figsize=size, squeeze=False, constrained_layout=True)
+    for ax, (env_id, variants) in zip(axes[0], runs.items(), strict=True):
+        mean = statistics[env_id]["return_mean"]
+        ax.axhline(mean, color="grey", linestyle="--", linewidth=1, label="mean return of the data")
+        for variant, jobs in variants.items():
+            for job in jobs:
+                ax.plot(job.steps, job.curve, color=COLOURS[variant], linewidth=0.7, alpha=0.4)
+            label = f"{LABELS[variant]}, {len(jobs)} seed{'s' * (len(jobs) > 1)}"
+            ax.plot(jobs[0].steps, np.mean([job.curve for job in jobs], axis=0), color=COLOURS[variant], label=label)
+        ax.set(title=env_id, xlabel=unit, ylabel="return")
+        ax.legend(frameon=False, fontsize=8)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def replace(name: str, lines: list[str]) -> None:
+    """Put the lines between the README's markers of this name."""
+    begin = f"<!-- generated by benchmark_results/report.py: {name} -->\n"
+    before, rest = README.read_text().split(begin)
+    text = "\n".join(lines) + "\n"
+    README.write_text(f"{before}{begin}{text}{rest[rest.index('<!-- end -->') :]}")
+    print(text)
 
 
 def main() -> None:
     statistics = json.loads((HERE.parent / "datasets" / "statistics.json").read_text())
-    runs: dict[str, dict[str, list[Path]]] = {}
-    for folder in sorted((HERE / "raw").glob("*__*__*")):
-        env_id, variant, _ = folder.name.split("__")
-        runs.setdefault(env_id, {}).setdefault(variant, []).append(folder)
-
-    columns = "data | mean return of the data | algorithm | seeds | updates | last | mean of last 10 | best"
-    lines = [f"| {columns} | IQM of last [95 %] | updates/s |", "|" + "---|" * 10]
-    fig, axes = plt.subplots(
-        1, max(len(runs), 1), figsize=(5.5 * max(len(runs), 1), 3.6), squeeze=False, constrained_layout=True
-    )
-    rng = np.random.default_rng(0)
-    for ax, (env_id, variants) in zip(axes[0], runs.items(), strict=False):
-        data_mean = statistics[env_id]["return_mean"]
-        ax.axhline(data_mean, color="grey", linestyle="--", linewidth=1, label="mean return of the data")
-        for variant, folders in variants.items():
-            curves, last, results = [], [], []
-            for folder in folders:
-                with open(folder / "evaluations.csv") as file:
-                    rows = [(int(row["step"]), float(row["return"])) for row in csv.DictReader(file)]
-                steps = sorted({step for step, _ in rows})
-                curves.append([np.mean([r for s, r in rows if s == step]) for step in steps])
-                last += [r for s, r in rows if s == steps[-1]]
-                results.append(json.loads((folder / "result.json").read_text()))
-            for curve in curves:
-                ax.plot(steps, curve, color=COLOURS[variant], linewidth=0.7, alpha=0.5)
-            ax.plot(
-                steps, np.mean(curves, axis=0), color=COLOURS[variant], label=f"{LABELS[variant]}, {len(curves)} seeds"
-            )
-            sample = [interquartile_mean(rng.choice(last, len(last))) for _ in range(2_000)]
-            low, high = np.percentile(sample, [2.5, 97.5])
-            mean = {key: np.mean([r["return"][key] for r in results]) for key in ("last", "mean_of_last_10", "best")}
-            speed = np.median([r["updates_per_second"] for r in results])
-            lines.append(
-                f"| {env_id} | {data_mean:.0f} | {LABELS[variant]} | {len(folders)} | {steps[-1]} | {mean['last']:.0f} "
-                f"| {mean['mean_of_last_10']:.0f} | {mean['best']:.0f} "
-                f"| {interquartile_mean(np.array(last)):.0f} [{low:.0f}, {high:.0f}] | {speed:.0f} |"
-            )
-        ax.set(title=env_id, xlabel="updates", ylabel="return")
-        ax.legend(frameon=False, fontsize=8)
-    fig.savefig(HERE / "learning_curves.png", dpi=110)
-    readme = HERE.parent / "README.md"
-    before, rest = readme.read_text().split("<!-- generated by benchmark_results/report.py -->\n")
-    after = rest[rest.index("<!-- end -->") :]
-    table = "\n".join(lines) + "\n"
-    readme.write_text(f"{before}<!-- generated by benchmark_results/report.py -->\n{table}{after}")
-    print(table)
+    edp: dict[str, dict[str, list[Job]]] = {}
+    edis: dict[str, dict[str, list[Job]]] = {}
+    order = list(LABELS)
+    folders = [folder.name.split("__") for folder in (HERE / "raw").glob("*__*__*")]
+    for env_id, variant, seed in sorted(folders, key=lambda parts: (parts[0], order.index(parts[1]), parts[2])):
+        runs = edp if order.index(variant) < order.index("edis") else edis
+        runs.setdefault(env_id, {}).setdefault(variant, []).append(
+            load(HERE / "raw" / "__".join((env_id, variant, seed)))
+        )
+    replace("EDP", results_table(edp, statistics, "updates"))
+    draw(edp, statistics, "updates", HERE / "learning_curves.png")
+    if edis:
+        replace("EDIS", results_table(edis, statistics, "updates"))
+        replace("distances", distance_table(edis))
+        draw(edis, statistics, "updates (offline, then one per online step)", HERE / "edis_curves.png")
 
 
 if __name__ == "__main__":

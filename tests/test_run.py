@@ -84,7 +84,7 @@ def test_run_files(run, script, tmp_path):
     metrics = rows_of(folder / "metrics.jsonl")
     losses = [row for row in metrics if "losses/qf1_loss" in row]
     rounds = [5] if script.__name__ == "edis_sac" else []
-    assert [row["step"] for row in losses] == sorted([2, 3, 4, 6] + rounds)  # log, save, log and evaluation, end
+    assert [row["step"] for row in losses] == sorted([2, 3, 4, 6, *rounds])  # log, save, log and evaluation, end
     assert all(math.isfinite(value) for row in metrics for value in row.values())
     assert [row["step"] for row in metrics if "charts/episodic_return" in row] == [4, 6]
 
