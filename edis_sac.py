@@ -66,7 +66,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -268,10 +268,15 @@ KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_obs
 
 def read_hdf5(path: Path) -> Columns:
     """Read and check a file in D4RL's layout. OSError: missing, not HDF5, truncated; ValueError: bad content."""
-    with h5py.File(path, "r") as file:
-        return check({key: file[key][()] for key in KEYS if isinstance(file.get(key), h5py.Dataset)})
+    try:
+        with h5py.File(path, "r") as file:
+            columns = {key: file[key][()] for key in KEYS if isinstance(file.get(key), h5py.Dataset)}
+    except Exception as error:  # a damaged file can raise anything
+        raise OSError(f"cannot be read as HDF5: {error}") from error
+    return check(columns)
 
 
+@np.errstate(all="ignore")  # what a damaged file holds can overflow
 def check(columns: Columns) -> Columns:
     """The same columns, if their shapes fit together and their values can be trained on; else ValueError."""
     if missing := [key for key in KEYS[:4] if key not in columns or columns[key].ndim == 0]:
@@ -280,8 +285,8 @@ def check(columns: Columns) -> Columns:
         expected = (len(columns["rewards"]), *columns["observations" if "obs" in key else key].shape[1:])
         if column.shape != expected or column.ndim != (2 if "obs" in key or key == "actions" else 1) or not len(column):
             raise ValueError(f"{key} has shape {column.shape} for {len(columns['rewards'])} rewards")
-        if column.dtype.kind not in "fiub" or not np.isfinite(column).all():
-            raise ValueError(f"{key} has values that are not finite numbers")
+        if column.dtype.kind not in "fiub" or not (np.abs(column.astype(np.float64)) < 1e8).all():
+            raise ValueError(f"{key} has values that are not finite numbers below 1e8")
     if (largest := np.abs(columns["actions"]).max()) > 1.001:
         raise ValueError(f"actions reach {largest:.4g}, expected [-1, 1]")
     return columns
@@ -997,6 +1002,10 @@ def make_simulator(env: gym.Env, transform: Transform, obs_dim: int) -> Callable
 # ---------------------------------------------------------------------------------------------------------- Evaluation
 def make_envs(make_env: Callable[..., gym.Env], args: Args) -> list[gym.Env]:
     """One environment per evaluation episode; with --capture-video the first can render, else exit 2."""
+    with suppress(ImportError):  # else MuJoCo writes a MUJOCO_LOG.TXT into the working directory
+        import mujoco
+
+        mujoco.set_mju_user_warning(lambda text: warnings.warn(f"MuJoCo: {text.split(' Time')[0]}", stacklevel=2))
     try:
         envs = [make_env() for _ in range(args.eval_episodes)]
     except Exception as error:  # a dependency of the environment is missing
@@ -1071,6 +1080,13 @@ class Run:
                 rows = re.findall(r"([^\d\n]*(\d*).*\n)", path.read_text())  # whole rows, their first number: the step
                 path.write_text("".join(row for row, step in rows if int(step or 0) <= self.step))
         about = describe(args, source, device)
+        before: dict[str, Any] = {}
+        with suppress(OSError, ValueError):  # a resume: what the run began with stays in the file
+            before = json.loads((self.dir / "args.json").read_text())
+        about["resumed_from"] = before.pop("resumed_from", [])
+        if changed := {name: value for name, value in before.items() if name != "args" and value != about.get(name)}:
+            about["resumed_from"].append(changed)
+            print(f"warning: the run began with {changed}; see {self.dir}/args.json", file=sys.stderr)
         (self.dir / "args.json").write_text(json.dumps(about, indent=1) + "\n")
         arguments = (f"{name} = {entry['value']} ({entry['source']})" for name, entry in about["args"].items())
         print(self.dir, *arguments, sep="\n  ", flush=True)
@@ -1081,7 +1097,10 @@ class Run:
             self.exits.callback(wandb.finish)
             names = {"project": args.wandb_project, "entity": args.wandb_entity, "group": args.wandb_group}
             options: dict[str, Any] = {**names, "mode": args.wandb_mode, "config": vars(args), "dir": str(self.dir)}
-            wandb.init(**options, id=self.dir.name, resume="allow", sync_tensorboard=True)
+            try:
+                wandb.init(**options, id=self.dir.name, resume="allow", sync_tensorboard=True)
+            except Exception as error:  # the run folder has everything too
+                print(f"warning: not logged to Weights & Biases: {error}", file=sys.stderr)
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
         self.exits.callback(self.writer.close)
         self.bar = tqdm(total=args.num_updates, initial=self.step, disable=not sys.stderr.isatty(), unit="update")

@@ -439,6 +439,55 @@ def test_online_runs_share_a_pretrained_agent(tmp_path, hopper_file, capsys):
     assert "--augmentation cannot change" in error_of(capsys, lambda: edis_sac.parse_args(late))
 
 
+def test_what_changed_on_resume_is_told_and_kept(run, script, monkeypatch, capsys):
+    """Versions and commit of every part of a run stay in args.json."""
+    first = run("--num-updates", 4)
+    path = script.Path(first["run_dir"]) / "args.json"
+    before = json.loads(path.read_text())
+    assert before["resumed_from"] == []
+    for commit in ("other", "third"):
+        describe = script.describe
+        monkeypatch.setattr(script, "describe", lambda *a, c=commit, d=describe: {**d(*a), "commit": c})
+        script.main(parse(script, "--resume", first["run_dir"], "--num-updates", 5))
+    about = json.loads(path.read_text())
+    assert about["commit"] == "third" and "the run began with {'commit'" in capsys.readouterr().err
+    assert about["resumed_from"] == [{"commit": before["commit"]}, {"commit": "other"}]
+
+
+def test_nothing_is_written_elsewhere(run, script, tmp_path, monkeypatch):
+    """Names cannot leave the runs folder; MuJoCo writes no log of its own."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    run("--exp-name", "../../outside")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert ".._.._outside" in folder.name
+    core = gym.make("Hopper-v4").unwrapped
+    core.set_state(np.full(6, np.nan), np.zeros(6))
+    with pytest.warns(UserWarning, match="MuJoCo: Nan"):
+        core.step(np.zeros(3))
+    assert not list((tmp_path / "cwd").iterdir())
+    assert {path.name for path in tmp_path.iterdir()} <= {"cwd", "runs", "hopper.hdf5"}
+
+
+def test_a_failing_wandb_does_not_stop_the_run(run, script, monkeypatch, capsys):
+    import wandb
+
+    def fail(**options):
+        raise wandb.errors.CommError("no answer")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    assert run("--track", "--wandb-mode", "offline")["updates"] == 6
+    assert "no answer" in capsys.readouterr().err
+
+
+def test_evaluation_does_not_disturb_training(run, script):
+    """Another --eval-every, the same weights; another seed, other weights."""
+    runs = [run("--eval-every", 2), run("--eval-every", 5), run("--seed", 1)]
+    a, b, c = (script.load_checkpoint(result["run_dir"])["critic"] for result in runs)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
 # ------------------------------------------------------------------------------------------------------ command line
 BAD = {
     "--num-updates": 0, "--batch-size": -1, "--lr": "nan", "--gamma": 1.5, "--expectile": -0.1,
