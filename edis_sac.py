@@ -27,8 +27,9 @@ x = (s, a, s'). It splits by the chain rule of probability, at every sigma, into
     E3(s'|s, a) = log p_sigma(s, a, s') / q_sigma(s, a, s') - E1(s) - E2(a|s)
 
 and so InfoNCE trains them: E1 by states, E1 + E2 by pairs with E1 held fixed, and E3 on top of an energy of pairs whose
-actions are those that the environment answered (`behavior`; the policy's new actions have no s' yet). The negatives of
-each positive are noised states that the unguided sampler went through. As sigma -> 0, E2 is log p(a|s) / pi(a|s) and E3
+actions are those that the environment answered (`behavior`; the policy's new actions have no s' yet), both by all real
+transitions, as the dynamics are the same in them. The negatives of each positive are noised transitions that the
+unguided sampler went through. As sigma -> 0, E2 is log p(a|s) / pi(a|s) and E3
 log p(s'|s, a) / T(s'|s, a), as in the paper. Above, negatives of the positive's own clean s, a ~ p_theta(a | s), are
 not enough: a noised s leaves open which s it was, and the noised a tells more, which such negatives cannot show. With
 Gaussians whose s and a correlate, E2 of that kind corrected nothing.
@@ -42,7 +43,9 @@ Deviations:           paper                       published code (liuxhym/EDIS) 
     scales lambda_i   -                           per data set, 0.01 to 2             1, which samples q
     guidance clip     -                           10 sqrt(D) of the gradient          of sigma times the gradient
     reward            known or learned            diffused                            learned, as is termination
-    positives         recent transitions          the whole online buffer             the last --positive-buffer ones
+    positives         recent transitions          the whole online buffer             E1, E2: the last
+                                                                                      --positive-buffer; E3: all
+    denoiser's data   offline and online          the same                            half online, where they matter
     each round        -                           denoiser anew, 20 energy updates    denoiser goes on, 2000 updates
     first round       -                           at the start                        after 1000 steps
     CQL               -                           alpha by a Lagrange multiplier      fixed alpha
@@ -138,6 +141,7 @@ class Args:
     denoiser_layers: int = 6  # its residual blocks
     denoiser_lr: float = 3e-4  # AdamW's learning rate, falling to 0 by a cosine in each round
     denoiser_ema: float = 0.999  # decay of the averaged weights that sample
+    online_share: float = 0.5  # least share of online transitions in what denoiser and models are trained on
     sampling_steps: int = 128  # noise levels of the sampler
     churn: float = 80.0  # S_churn, noise added while sampling
     model_updates: int = 5_000  # updates of the reward and termination model per round
@@ -171,10 +175,11 @@ class Args:
 # energies.
 # Bundled sets: ours, for half an hour on a CPU
 MINI = {
-    "observation_transform": "per-dimension", "offline_updates": 10_000, "online_steps": 20_000, "actor_lr": 3e-4,
-    "cql_alpha": 1.0, "cql_actions": 4, "round_every": 5_000, "samples": 20_000, "denoiser_updates": 5_000,
-    "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3, "sampling_steps": 32, "model_updates": 2_000,
-    "energy_width": 128, "energy_batch": 128, "pool": 5_000, "eval_every": 5_000, "log_every": 250, "save_every": 5_000,
+    "observation_transform": "per-dimension", "offline_updates": 6_000, "online_steps": 20_000, "actor_lr": 3e-4,
+    "critic_lr": 1e-3, "tau": 0.02, "cql_alpha": 10.0, "cql_actions": 2, "round_every": 5_000, "samples": 20_000,
+    "denoiser_updates": 5_000, "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3, "sampling_steps": 32,
+    "model_updates": 2_000, "energy_width": 128, "energy_batch": 128, "pool": 5_000, "eval_every": 2_000,
+    "log_every": 250, "save_every": 5_000,
 }  # fmt: skip
 PRESETS = {f"hopper-{level}-mini": MINI for level in ("medium", "medium-replay", "medium-expert")}
 
@@ -187,10 +192,10 @@ RESUMABLE = {
 # And before the first online step, so that several runs can go on from one pre-trained agent
 ONLINE = {
     "exp_name", "cql_alpha_online", "augmentation", "synthetic_ratio", "round_every", "first_round", "samples", "chunk",
-    "denoiser_updates", "denoiser_batch", "denoiser_lr", "denoiser_ema", "sampling_steps", "churn", "model_updates",
-    "energy_updates", "energy_batch", "energy_lr", "negatives", "positive_buffer", "pool", "state_energy",
-    "policy_energy", "transition_energy", "state_scale", "policy_scale", "transition_scale", "full_gradient",
-    "guidance_clip",
+    "denoiser_updates", "denoiser_batch", "denoiser_lr", "denoiser_ema", "online_share", "sampling_steps", "churn",
+    "model_updates", "energy_updates", "energy_batch", "energy_lr", "negatives", "positive_buffer", "pool",
+    "state_energy", "policy_energy", "transition_energy", "state_scale", "policy_scale", "transition_scale",
+    "full_gradient", "guidance_clip",
 }  # fmt: skip
 
 
@@ -224,7 +229,7 @@ def check_args(args: Args) -> None:
     free = ["offline_updates", "online_steps", "denoiser_updates", "model_updates", "energy_updates", "cql_alpha"]
     free += ["cql_alpha_online", "churn", "state_scale", "policy_scale", "transition_scale", "guidance_clip"]
     bounds |= dict.fromkeys(free, (0, math.inf))
-    bounds |= dict.fromkeys(("gamma", "tau", "synthetic_ratio", "denoiser_ema"), (0, 1))
+    bounds |= dict.fromkeys(("gamma", "tau", "synthetic_ratio", "denoiser_ema"), (0, 1)) | {"online_share": (0, 0.99)}
     bounds |= {"sampling_steps": (2, math.inf), "samples": (2, math.inf), "seed": (0, 2**32)}
     for name, (low, high) in bounds.items():
         if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):
@@ -487,16 +492,19 @@ class Actor(nn.Module):
         super().__init__()
         self.net = MLP(obs_dim, 2 * act_dim)
 
-    def forward(self, s: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+    def distribution(self, s: Tensor) -> torch.distributions.Normal:
+        """Of u, where a = tanh(u)."""
         mean, log_std = self.net(s).chunk(2, dim=-1)
-        log_std = log_std.clamp(-5, 2)  # as is usual for SAC
-        u = mean + log_std.exp() * epsilon
-        log_normal = -0.5 * epsilon.square() - log_std - 0.5 * math.log(2 * math.pi)
+        return torch.distributions.Normal(mean, log_std.clamp(-5, 2).exp(), validate_args=False)  # SAC's own code: -20
+
+    def forward(self, s: Tensor, epsilon: Tensor) -> tuple[Tensor, Tensor]:
+        normal = self.distribution(s)
+        u = normal.mean + normal.stddev * epsilon
         log_slope = 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))  # log(1 - tanh(u)^2)
-        return u.tanh(), (log_normal - log_slope).sum(-1)
+        return u.tanh(), (normal.log_prob(u) - log_slope).sum(-1)
 
     def mode(self, s: Tensor) -> Tensor:
-        return self.net(s).chunk(2, dim=-1)[0].tanh()
+        return self.distribution(s).mean.tanh()
 
 
 class Denoiser(nn.Module):
@@ -651,8 +659,8 @@ def energy_losses(
 ) -> list[tuple[Tensor, Tensor]]:
     """InfoNCE of E1, E1 + E2, pairs acted, and these + E3, with what each is trained on top of held fixed.
 
-    Noised at sigma (B,): recent transitions (s, a, s') as acted (B, D), their states with actions that the policy
-    chooses now (B, S + A), K unguided samples for each (B, K, D).
+    Noised at sigma (B,): real transitions (s, a, s') as acted (B, D), recent states with actions as chosen by the
+    policy now (B, S + A), K unguided samples for each (B, K, D).
     """
     S, SA = energies.ends[:2]
     acted, chosen = (torch.cat([x[:, None], negatives[..., : x.shape[1]]], dim=1) for x in (acted, chosen))
@@ -884,8 +892,8 @@ class Round(NamedTuple):
             edm.sample(denoise, torch.randn_like(part[0]), visit=visit)
         return pool
 
-    def train_energies(self, recent: Tensor, denoise: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """Train the energies with positives of recent transitions (N, D); their accuracies by noise level."""
+    def train_energies(self, x: Tensor, recent: Tensor, denoise: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """Train on positives of real transitions x (N, D) and recent ones (M, D); the accuracies by noise level."""
         args, edm, energies = self.args, self.edm, self.networks["energies"]
         (S, SA, D), B, device = energies.ends, args.energy_batch, recent.device
         pool = self.make_pool(denoise)
@@ -896,9 +904,9 @@ class Round(NamedTuple):
         for update in range(args.energy_updates):
             level = torch.randint(len(edm.sigma_hat), (B,), device=device)
             sigma = edm.sigma_hat[level]
-            clean = recent[torch.randint(len(recent), (B,), device=device)]
-            acted = clean + sigma[:, None] * torch.randn(B, D, device=device)
-            chosen = torch.cat([clean[:, :S], self.policy(clean[:, :S])], dim=1)
+            acted = x[torch.randint(len(x), (B,), device=device)] + sigma[:, None] * torch.randn(B, D, device=device)
+            s = recent[torch.randint(len(recent), (B,), device=device), :S]
+            chosen = torch.cat([s, self.policy(s)], dim=1)
             chosen = chosen + sigma[:, None] * torch.randn(B, SA, device=device)
             negatives = pool[level[:, None], torch.randint(args.pool, (B, args.negatives), device=device)]
             losses, found = zip(*energy_losses(energies, acted, chosen, negatives, sigma), strict=True)
@@ -936,13 +944,20 @@ class Round(NamedTuple):
     def distances(self, x: Tensor, recent: Tensor) -> dict[str, Tensor]:
         """How far transitions x (N, D) are from the recent states, the policy's actions and the environment's dynamics.
 
-        state: energy distance of the states; policy: of the pairs (s, a), from the same states with actions of the
-        policy; dynamics: root mean square of s' against the environment's, in standard deviations of the data.
+        state: energy distance of the states; policy: of the actions' quantiles under the policy in their states, from
+        those of its own actions; dynamics: root mean square of s' against the environment's, in standard deviations of
+        the data.
         """
         S = self.networks["energies"].ends[0]
         s = x[:, :S]
+
+        def quantiles(a: Tensor) -> Tensor:  # uniform for the policy's actions, whatever the state
+            a = (a * self.std[S:-S] + self.mean[S:-S]).clamp(-0.999, 0.999)
+            with torch.no_grad():
+                return self.networks["actor"].distribution(s * self.std[:S] + self.mean[:S]).cdf(a.atanh())
+
         found = {"state": energy_distance(s, recent[torch.randint(len(recent), (len(s),), device=s.device), :S])}
-        found["policy"] = energy_distance(x[:, :-S], torch.cat([s, self.policy(s)], dim=1))
+        found["policy"] = energy_distance(quantiles(x[:, S:-S]), quantiles(self.policy(s)))
         if self.simulate:
             raw = x * self.std + self.mean
             truth = self.simulate(raw[:, :S], raw[:, S:-S].clamp(-1, 1))
@@ -969,7 +984,7 @@ class Round(NamedTuple):
             args.transition_scale * args.transition_energy,
         )
         if args.augmentation == "edis" and any(scales):
-            metrics |= {f"energies/{name}": value for name, value in self.train_energies(recent, denoise[1]).items()}
+            metrics |= {f"energies/{name}": value for name, value in self.train_energies(x, recent, denoise[1]).items()}
             guidance = make_guidance(energies, scales, args.full_gradient, args.guidance_clip)
         begin = time.time()
         made = self.generate(args.samples, denoise[1], guidance)
@@ -1364,7 +1379,9 @@ def main(args: Args) -> dict[str, Any]:
             run.save(state, transform)
         run.nothing_to_save = due  # a stop or a kill during a round: the resume makes it again
         if due and not run.stop:
-            x = torch.cat([diffused, online.recent(len(online))])
+            odds = args.online_share / (1 - args.online_share)  # of an online transition, by copies
+            copies = max(1, round(odds * len(diffused) / len(online)))
+            x = torch.cat([diffused, *[online.recent(len(online))] * copies])
             rows, found = make_round(x[:, :D], x[:, D], x[:, D + 1], online.recent(args.positive_buffer)[:, :D])
             synthetic.add(rows)
             notes.update({name: float(value) for name, value in found.items()})

@@ -104,9 +104,13 @@ MUTANTS = {  # name: (script, original, mutant)
     ),
     "EDIS: E2 without E1": ("edis_sac.py", "e1.detach() + e2", "e2"),
     "EDIS: E3 upon the policy's pairs": ("edis_sac.py", "behavior.detach() + e3", "(e1 + e2).detach() + e3"),
-    "EDIS: positives without noise": ("edis_sac.py", "acted = clean + sigma[:, None] *", "acted = clean + 0 *"),
+    "EDIS: positives without noise": (
+        "edis_sac.py",
+        "(B,), device=device)] + sigma[:, None] *",
+        "(B,), device=device)] + 0 *",
+    ),
     "EDIS: clip of the gradient itself": ("edis_sac.py", "math.sqrt(x.shape[1]) / sigma", "math.sqrt(x.shape[1])"),
-    "EDIS: old actions for E2": ("edis_sac.py", "self.policy(clean[:, :S])], dim=1)", "clean[:, S:SA]], dim=1)"),
+    "EDIS: old actions for E2": ("edis_sac.py", "torch.cat([s, self.policy(s)]", "torch.cat([s, 0.8 * s]"),
     "EDIS: policy not normalised": (
         "edis_sac.py",
         "return (a - self.mean[S : S + A]) / self.std[S : S + A]",
@@ -115,7 +119,7 @@ MUTANTS = {  # name: (script, original, mutant)
     "EDIS: own block only": ("edis_sac.py", "x[:, :start] if full else", "x[:, :start].detach() if full else"),
     "EDIS: no clip": ("edis_sac.py", ".clamp(min=1e-12)).clamp(max=1)", ".clamp(min=1e-12)).clamp(min=1, max=1)"),
     "EDIS: returns across episodes": ("edis_sac.py", "total * (not ends[i])", "total"),
-    "EDIS: tanh without its slope": ("edis_sac.py", "(log_normal - log_slope)", "(log_normal)"),
+    "EDIS: tanh without its slope": ("edis_sac.py", "(normal.log_prob(u) - log_slope)", "normal.log_prob(u)"),
     "EDIS: alpha rises with entropy": ("edis_sac.py", "return -(log_alpha.exp()", "return (log_alpha.exp()"),
     "EDIS: no calibration": ("edis_sac.py", "q[M:].maximum(mc)", "q[M:]"),
     "EDIS: the policy's actions of one state only": (

@@ -224,7 +224,8 @@ def trained():
     networks = {"energies": edis.Energies(1, 1, args.energy_width), "actor": Policy()}
     work = edis.Round(args, networks, edis.EDM(64, 80.0, CPU), torch.zeros(3), torch.ones(3), None)
     denoise = GaussianDenoiser([0.0] * 3, (P_ROOT @ P_ROOT.T).tolist())
-    accuracies = work.train_energies(Q_MEAN + torch.randn(8_000, 3) @ Q_ROOT.T, denoise)
+    recent = Q_MEAN + torch.randn(8_000, 3) @ Q_ROOT.T
+    accuracies = work.train_energies(recent, recent, denoise)
     assert accuracies["state_accuracy_sigma_0.1"] > 0.15 and accuracies["state_accuracy_sigma_80"] < 0.15  # 1 / 11
     return work, denoise
 
@@ -408,16 +409,13 @@ def test_cql_wiring(calibrate):
 def test_distances():
     """Least where the states are the recent ones, the actions the policy's, the next states the environment's."""
 
-    class Policy(torch.nn.Module):
-        def forward(self, s, epsilon):
-            return s[:, :1] + 0.5 * epsilon, None
-
     mean, std = torch.tensor([1.0, 0.5, 2.0]), torch.tensor([2.0, 0.5, 3.0])
-    networks = {"energies": edis.Energies(1, 1, 8), "actor": Policy()}
+    networks = {"energies": edis.Energies(1, 1, 8), "actor": edis.Actor(1, 1)}
     work = edis.Round(ARGS, networks, edis.EDM(4, 0.0, CPU), mean, std, lambda s, a: s + a)
     s = torch.randn(3_000, 1)
-    a = s + 0.5 * torch.randn(3_000, 1)
-    recent = work.normalize(torch.cat([s, a, s + a.clamp(-1, 1)], dim=1))
+    with torch.no_grad():
+        a, _ = networks["actor"](s, torch.randn(3_000, 1))
+    recent = work.normalize(torch.cat([s, a, s + a], dim=1))
     right = work.distances(recent, recent)
     assert abs(right["state"]) < 0.02 and abs(right["policy"]) < 0.02 and right["dynamics"] < 1e-5
     for column, name in enumerate(("state", "policy", "dynamics")):
