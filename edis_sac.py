@@ -176,7 +176,7 @@ class Args:
 # Bundled sets: ours, for half an hour on a CPU
 MINI = {
     "observation_transform": "per-dimension", "offline_updates": 6_000, "online_steps": 20_000, "actor_lr": 3e-4,
-    "critic_lr": 1e-3, "tau": 0.02, "cql_alpha": 10.0, "cql_actions": 2, "round_every": 5_000, "samples": 20_000,
+    "tau": 0.01, "cql_alpha": 10.0, "cql_actions": 2, "round_every": 5_000, "samples": 20_000,
     "denoiser_updates": 5_000, "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3, "sampling_steps": 32,
     "model_updates": 2_000, "energy_width": 128, "energy_batch": 128, "pool": 5_000, "eval_every": 2_000,
     "log_every": 250, "save_every": 5_000,

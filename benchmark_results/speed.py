@@ -30,11 +30,19 @@ UPDATES = {
     "EDP-TD3, K = 1000, DPM-Solver 15": ["edp_td3"],
     **{f"EDP-TD3, DDPM, K = {K}": ["edp_td3", *DDPM, str(K)] for K in (5, 15, 100)},
     **{f"Diffusion-QL, DDPM, K = {K}": ["edp_td3", "--no-action-approximation", *DDPM, str(K)] for K in (5, 15, 100)},
+    "EDIS, SAC's update": ["edis_sac", "--cql-alpha", "0"],
+    "EDIS, with the CQL penalty, 2 actions": ["edis_sac", "--cql-actions", "2"],
+    "EDIS, with the CQL penalty, 10 actions": ["edis_sac"],
 }
 SAMPLES = {
     "DPM-Solver, 15 calls, K = 1000": [],
     "DDPM, K = 100": ["--sampler", "ddpm", "--diffusion-steps", "100"],
     "DDPM, K = 1000": ["--sampler", "ddpm"],
+}
+
+GENERATIONS = {  # bundled preset; paper's size: data, samples at a time
+    "EDIS, denoiser 3 x 256, energies 3 x 128, 32 levels": ("hopper-medium-mini", 1_000),
+    "EDIS, denoiser 6 x 1024, energies 3 x 256, 128 levels": ("hopper-medium-v2", 100),
 }
 
 
@@ -71,41 +79,54 @@ def rate(step: Callable[[], Any], seconds: float, device: torch.device) -> float
 def measure(name: str, args: Args) -> dict[str, float]:
     """One case, in this process."""
     sys.path.insert(0, str(HERE.parent))
-    flags = UPDATES.get(name) or ["edp_iql", *SAMPLES[name]]
+    env_id, samples = GENERATIONS.get(name, ("hopper-medium-v2", 256))
+    flags = ["edis_sac"] if name in GENERATIONS else UPDATES.get(name) or ["edp_iql", *SAMPLES[name]]
     script, device = importlib.import_module(flags[0]), torch.device(args.device)
     given = script.parse_args(
-        ["--env-id", "hopper-medium-v2", "--num-threads", str(args.threads), "--device", args.device, *flags[1:]]
+        ["--env-id", env_id, "--num-threads", str(args.threads), "--device", args.device, *flags[1:]]
     )
     script.check_args(given)
     script.set_up(given)
-    diffusion = script.Diffusion(
-        given.diffusion_steps, given.sampler, given.sampler_steps, given.solver_order, device, given.beta_schedule
-    )
-    networks = script.make_networks(11, 3, device)
     s, a = torch.randn(256, 11, device=device), 2 * torch.rand(256, 3, device=device) - 1
-    if name in SAMPLES:
+    batch = [s, a, torch.randn_like(s), torch.randn(256, device=device), torch.ones(256, device=device)]
+    if flags[0] == "edis_sac":
+        networks = script.make_networks(11, 3, given, device)
+        edm = script.EDM(given.sampling_steps, given.churn, device)
+        update, _ = script.make_update(given, networks)
 
-        def sample() -> None:
-            with torch.no_grad():
-                diffusion.sample(networks["policy"], s, torch.randn(diffusion.draws, 256, 3, device=device))
-
-        found = {"actions_per_second": 256 * rate(sample, args.seconds, device)}
+        def step() -> None:
+            update(*batch, torch.zeros_like(batch[3]), given.cql_alpha)
     else:
+        diffusion = script.Diffusion(
+            given.diffusion_steps, given.sampler, given.sampler_steps, given.solver_order, device, given.beta_schedule
+        )
+        networks = script.make_networks(11, 3, device)
         update, _ = script.make_update(given, diffusion, networks)
-        batch = (s, a, torch.randn_like(s), torch.randn(256, device=device), torch.ones(256, device=device))
 
         def step() -> None:
             update(*batch, **script.draw(given, diffusion, 3, device, 0))
 
+    def sample(guidance: Any = None) -> None:
+        with torch.no_grad():
+            if name in SAMPLES:
+                diffusion.sample(networks["policy"], s, torch.randn(diffusion.draws, 256, 3, device=device))
+            else:
+                edm.sample(networks["denoiser_ema"], torch.randn(samples, 25, device=device), guidance)
+
+    if name in UPDATES:
         with FlopCounterMode(display=False) as counter:
             step()
         x = torch.randn(256, 256, device=device)
         products = rate(lambda: x @ x, args.seconds / 4, device) * 2 * 256**3  # FLOP/s
-        found = {
-            "updates_per_second": rate(step, args.seconds, device),
-            "gflop_per_update": counter.get_total_flops() / 1e9,
-        }
+        found = {"updates_per_second": rate(step, args.seconds, device)}
+        found |= {"gflop_per_update": counter.get_total_flops() / 1e9}
         found |= {"matrix_gflop_per_second": products / 1e9, "floor": products / counter.get_total_flops()}
+    elif name in SAMPLES:
+        found = {"actions_per_second": 256 * rate(sample, args.seconds, device)}
+    else:
+        guidance = script.make_guidance(networks["energies"], (1.0, 1.0, 1.0), True, given.guidance_clip)
+        found = {"unguided_per_second": samples * rate(sample, args.seconds, device)}
+        found["guided_per_second"] = samples * rate(lambda: sample(guidance), args.seconds, device)
     return found | {"peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
@@ -114,7 +135,7 @@ def main(args: Args) -> None:
         print(json.dumps(measure(args.case, args)))
         return
     results = {}
-    for name in [*UPDATES, *SAMPLES]:
+    for name in [*UPDATES, *SAMPLES, *GENERATIONS]:
         command = [sys.executable, __file__, "--case", name, "--threads", str(args.threads), "--device", args.device]
         command += ["--seconds", str(args.seconds)]
         results[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -133,6 +154,12 @@ def main(args: Args) -> None:
     for name in SAMPLES:
         r = results[name]
         lines.append(f"| {name} | {r['actions_per_second']:.0f} | {r['peak_MiB']:.0f} |")
+    head = "| synthetic transitions | guided/s | unguided/s | peak memory, MiB |"
+    lines += ["", head, "|---|---|---|---|"]
+    for name in GENERATIONS:
+        r = results[name]
+        speeds = " | ".join(f"{r[f'{kind}_per_second']:.0f}" for kind in ("guided", "unguided"))
+        lines.append(f"| {name} | {speeds} | {r['peak_MiB']:.0f} |")
     readme = HERE.parent / "README.md"
     mark = "<!-- generated by benchmark_results/speed.py -->\n"
     before, rest = readme.read_text().split(mark)

@@ -415,6 +415,30 @@ def test_a_stop_during_a_round_does_not_wait(tmp_path, hopper_file):
     assert edis_sac.load_checkpoint(str(folder))["progress"]["step"] == 5
 
 
+def test_edis_smoke(tmp_path, hopper_file):
+    """2000 online steps through two rounds: every phase, every metric, synthetic rows in the batches."""
+    import edis_sac
+
+    flags = (
+        "--offline-updates 100 --online-steps 2000 --batch-size 32 --first-round 500 --round-every 1000 --samples 200"
+    )
+    flags += " --denoiser-updates 100 --denoiser-width 32 --denoiser-layers 1 --sampling-steps 8 --model-updates 50"
+    flags += " --energy-updates 50 --energy-width 32 --energy-batch 16 --pool 100 --cql-actions 2 --eval-episodes 2"
+    data = ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file), "--runs-dir", str(tmp_path / "runs")]
+    begin = time.time()
+    result = edis_sac.main(edis_sac.parse_args([*flags.split(), *data]))
+    assert time.time() - begin < 60
+    folder = edis_sac.Path(result["run_dir"])
+    rounds = [row for row in rows_of(folder / "metrics.jsonl") if "guided/state" in row]
+    assert [row["step"] for row in rounds] == [601, 1601]
+    names = {f"{kind}/{name}" for kind in ("guided", "unguided") for name in ("state", "policy", "dynamics")}
+    names |= {"charts/generated_per_second", "losses/denoiser_loss", "losses/model_loss"}
+    names |= {f"energies/{name}_accuracy_sigma_1" for name in ("state", "policy", "behavior", "transition")}
+    assert all(names <= set(row) and all(map(math.isfinite, row.values())) for row in rounds)
+    saved = edis_sac.load_checkpoint(str(folder))
+    assert saved["online"]["count"] == 2_000 and saved["synthetic"]["count"] == 400
+
+
 def test_online_runs_share_a_pretrained_agent(tmp_path, hopper_file, capsys):
     """A copy of a run that ended with its offline updates goes on like a whole run of the other settings."""
     import edis_sac
