@@ -29,10 +29,10 @@ x = (s, a, s'). It splits by the chain rule of probability, at every sigma, into
 and so InfoNCE trains them: E1 by states, E1 + E2 by pairs with E1 held fixed, and E3 on top of an energy of pairs whose
 actions are those that the environment answered (`behavior`; the policy's new actions have no s' yet), both by all real
 transitions, as the dynamics are the same in them. The negatives of each positive are noised transitions that the
-unguided sampler went through. As sigma -> 0, E2 is log p(a|s) / pi(a|s) and E3
-log p(s'|s, a) / T(s'|s, a), as in the paper. Above, negatives of the positive's own clean s, a ~ p_theta(a | s), are
-not enough: a noised s leaves open which s it was, and the noised a tells more, which such negatives cannot show. With
-Gaussians whose s and a correlate, E2 of that kind corrected nothing.
+unguided sampler went through. As sigma -> 0, E2 is log p(a|s) / pi(a|s) and E3 log p(s'|s, a) / T(s'|s, a), as in the
+paper. Above, negatives of the positive's own clean s, a ~ p_theta(a | s), are not enough: a noised s leaves open which
+s it was, and the noised a tells more, which such negatives cannot show. With Gaussians whose s and a correlate, E2 of
+that kind corrected nothing.
 
 Deviations:           paper                       published code (liuxhym/EDIS)       here
     negatives of E2   of the same s               a vector with zeros, of other       of the unguided sampler: pairs
@@ -1074,7 +1074,10 @@ def describe(args: Args, source: dict[str, str], device: torch.device) -> dict[s
         origin = "command line" if value != expected else "preset" if field.name in preset else "default"
         arguments[field.name] = {"value": value, "source": origin}
     about = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "h5py")}
-    about |= {"python": platform.python_version(), "device": f"{device}, {platform.machine()}"}
+    cpu = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else (*models, platform.machine())[0]
+    about |= {"python": platform.python_version(), "device": f"{device}, {hardware}"}
     git, folder = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
     done = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True)  # a shell: git may be missing
     return {"args": arguments, **about, "commit": done.stdout.strip() or None, "dataset": source}

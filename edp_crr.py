@@ -763,7 +763,10 @@ def describe(args: Args, source: dict[str, str], device: torch.device) -> dict[s
         origin = "command line" if value != expected else "preset" if field.name in preset else "default"
         arguments[field.name] = {"value": value, "source": origin}
     about = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "h5py")}
-    about |= {"python": platform.python_version(), "device": f"{device}, {platform.machine()}"}
+    cpu = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else (*models, platform.machine())[0]
+    about |= {"python": platform.python_version(), "device": f"{device}, {hardware}"}
     git, folder = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
     done = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True)  # a shell: git may be missing
     return {"args": arguments, **about, "commit": done.stdout.strip() or None, "dataset": source}
