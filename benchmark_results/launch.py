@@ -44,7 +44,9 @@ class Args:
     seeds: int = 3
     """seeds 0, 1, ..."""
     updates: int = 100_000
-    """updates per run of an EDP script; EDIS runs as its preset says"""
+    """updates per run of an EDP script"""
+    online_steps: int = 20_000
+    """online steps per run of EDIS"""
     workers: int = 2
     """runs at a time"""
     jobs: str = ""
@@ -97,7 +99,9 @@ def main(args: Args) -> None:
         for env_id in SETS[args.script]:
             for variant, flags in VARIANTS[args.script].items():
                 common = ["--env-id", env_id, "--seed", str(seed), "--exp-name", variant]
-                if args.script != "edis_sac":
+                if args.script == "edis_sac":
+                    common += ["--online-steps", str(args.online_steps)]
+                else:
                     common += ["--num-updates", str(args.updates), "--eval-every", "10000"]
                 jobs[f"{env_id}__{variant}__{seed}"] = common + flags
     jobs = {name: flags for name, flags in jobs.items() if args.jobs in name}
