@@ -98,7 +98,7 @@ def draw(runs: dict[str, dict[str, list[Job]]], statistics: dict[str, Any], unit
             label = f"{LABELS[variant]}, {len(jobs)} seed{'s' * (len(jobs) > 1)}"
             ax.plot(jobs[0].steps, np.mean([job.curve for job in jobs], axis=0), color=COLOURS[variant], label=label)
         ax.set(title=env_id, xlabel=unit, ylabel="return")
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
