@@ -31,8 +31,7 @@ actions are those that the environment answered (`behavior`; the policy's new ac
 transitions, as the dynamics are the same in them. The negatives of each positive are noised transitions that the
 unguided sampler went through. As sigma -> 0, E2 is log p(a|s) / pi(a|s) and E3 log p(s'|s, a) / T(s'|s, a), as in the
 paper. Above, negatives of the positive's own clean s, a ~ p_theta(a | s), are not enough: a noised s leaves open which
-s it was, and the noised a tells more, which such negatives cannot show. With Gaussians whose s and a correlate, E2 of
-that kind corrected nothing.
+s it was, and the noised a tells more, which such negatives cannot show.
 
 Deviations:           paper                       published code (liuxhym/EDIS)       here
     negatives of E2   of the same s               a vector with zeros, of other       of the unguided sampler: pairs

@@ -126,7 +126,7 @@ def test_guidance_is_the_gradient_in_normalised_coordinates(i):
 
 
 def test_the_clip_leaves_narrow_targets_alone():
-    """Bounding the gradient itself by 10 sqrt(D), as the published code does, keeps the deviation near 0.1."""
+    """Bounding the gradient itself by 10 sqrt(D), as the published code does, misses."""
     guidance = edis.make_guidance(RawEnergies(0.03), (1.0, 1.0, 1.0), False, ARGS.guidance_clip)
     exact = GaussianDenoiser([0.0] * 3, torch.eye(3).tolist())
     x = edis.EDM(128, 80.0, CPU).sample(exact, torch.randn(2_000, 3), guidance)
