@@ -39,6 +39,7 @@ Deviations:           paper                       published code (liuxhym/EDIS) 
     factor sigma      -                           missing                             as derived
     energies' levels  every t                     one (state), two of another         every level of the sampler
                                                   schedule (others)
+    network of E3     -                           an MLP                              an MLP and the residual of s'
     scales lambda_i   -                           per data set, 0.01 to 2             1, which samples q
     guidance clip     -                           10 sqrt(D) of the gradient          of sigma times the gradient
     reward            known or learned            diffused                            learned, as is termination
@@ -143,11 +144,11 @@ class Args:
     online_share: float = 0.5  # least share of online transitions in what denoiser and models are trained on
     sampling_steps: int = 128  # noise levels of the sampler
     churn: float = 80.0  # S_churn, noise added while sampling
-    model_updates: int = 5_000  # updates of the reward and termination model per round
+    model_updates: int = 5_000  # updates of reward, termination and mean dynamics per round
     energy_updates: int = 2_000  # updates of the energies per round
     energy_batch: int = 256  # positives per update of the energies
-    energy_width: int = 256  # width of the energies' three hidden layers
-    energy_lr: float = 1e-3  # Adam's learning rate, energies and models; the energies' falls to 0 by a cosine
+    energy_width: int = 256  # width of the three hidden layers of energies and mean dynamics
+    energy_lr: float = 1e-3  # Adam's learning rate, energies and models, falling to 0 by a cosine in each round
     negatives: int = 10  # negatives of each positive
     positive_buffer: int = 10_000  # most recent transitions that the energies' positives come from
     pool: int = 10_000  # unguided samples that negatives come from
@@ -175,9 +176,9 @@ class Args:
 # Bundled sets: ours, for half an hour on a CPU
 MINI = {
     "observation_transform": "per-dimension", "offline_updates": 6_000, "online_steps": 20_000, "actor_lr": 3e-4,
-    "tau": 0.01, "cql_alpha": 10.0, "cql_actions": 2, "round_every": 5_000, "samples": 20_000,
+    "tau": 0.01, "cql_alpha": 10.0, "cql_actions": 2, "round_every": 5_000, "samples": 10_000,
     "denoiser_updates": 5_000, "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3, "sampling_steps": 32,
-    "model_updates": 2_000, "energy_width": 128, "energy_batch": 128, "pool": 5_000, "eval_every": 2_000,
+    "model_updates": 3_000, "energy_width": 128, "energy_batch": 128, "pool": 5_000, "eval_every": 2_000,
     "log_every": 250, "save_every": 5_000,
 }  # fmt: skip
 PRESETS = {f"hopper-{level}-mini": MINI for level in ("medium", "medium-replay", "medium-expert")}
@@ -530,19 +531,30 @@ class Denoiser(nn.Module):
 
 
 class Energies(nn.Module):
-    """E1(s), E2(a|s), E3(s'|s, a) of noised x = (s, a, s') at sigma, and the energy that E3 is trained on top of."""
+    """E1(s), E2(a|s), E3(s'|s, a) of noised x = (s, a, s') at sigma, and what E3 stands on.
+
+    E3 sees the residual of s' from its learned mean, each dimension with a precision of its own: errors of a denoiser
+    that has learned the dynamics are too small for a plain network to find.
+    """
 
     def __init__(self, obs_dim: int, act_dim: int, width: int) -> None:
         super().__init__()
         self.ends = (obs_dim, obs_dim + act_dim, 2 * obs_dim + act_dim)  # of s, a, s' in x
-        hidden = (width,) * 3
-        self.nets = nn.ModuleList(MLP(end + 1, 1, hidden) for end in self.ends)
+        hidden, outputs = (width,) * 3, (1, 1, 1 + obs_dim)
+        self.nets = nn.ModuleList(MLP(end + 1, n, hidden) for end, n in zip(self.ends, outputs, strict=True))
         self.behavior = MLP(self.ends[1] + 1, 1, hidden)  # log p_sigma / q_sigma of pairs (s, a) that were acted
+        self.dynamics = MLP(self.ends[1], obs_dim, hidden)  # E[s' - s | s, a], without noise
 
     def forward(self, net: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
         """The net's energy (...) of x (..., end) at sigma (...)."""
         scaled = x / (sigma.square() + 1).sqrt()[..., None]
-        return net(torch.cat([scaled, sigma.log()[..., None] / 4], dim=-1))[..., 0]
+        out = net(torch.cat([scaled, sigma.log()[..., None] / 4], dim=-1))
+        if net is not self.nets[2]:
+            return out[..., 0]
+        S, SA = self.ends[:2]
+        residual = x[..., SA:] - x[..., :S] - self.dynamics(scaled[..., :SA])
+        squared = residual.square() / (sigma.square() + 1e-3)[..., None]  # 1e-3: the mean's own error
+        return out[..., 0] + (nn.functional.softplus(out[..., 1:]) * squared / (1 + squared / 25)).sum(-1)
 
 
 class TransitionModel(nn.Module):
@@ -843,17 +855,22 @@ def train_denoiser(args: Args, denoiser: Denoiser, ema: Denoiser, denoise: Calla
     return mean.detach()
 
 
-def train_model(args: Args, model: TransitionModel, x: Tensor, r: Tensor, mask: Tensor) -> Tensor:
-    """Train rewards and terminations on transitions (N, D), (N,), (N,); the mean loss."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.energy_lr, fused=x.device.type in ("cpu", "cuda"))
+def train_model(args: Args, model: TransitionModel, energies: Energies, x: Tensor, r: Tensor, mask: Tensor) -> Tensor:
+    """Train rewards, terminations and mean next states on transitions (N, D), (N,), (N,); the mean loss."""
+    parameters, (S, SA, _) = [*model.parameters(), *energies.dynamics.parameters()], energies.ends
+    optimizer = torch.optim.Adam(parameters, lr=args.energy_lr, fused=x.device.type in ("cpu", "cuda"))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.model_updates, 1))
     mean = torch.zeros((), device=x.device)
     for _ in range(args.model_updates):
         index = torch.randint(len(x), (args.batch_size,), device=x.device)
-        reward, logit = model(x[index])
-        loss = model_loss(reward, logit, r[index], mask[index])
+        batch = x[index]
+        reward, logit = model(batch)
+        residual = batch[:, :S] + energies.dynamics(batch[:, :SA]) - batch[:, SA:]
+        loss = model_loss(reward, logit, r[index], mask[index]) + residual.square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         mean += loss.detach() / args.model_updates
     return mean
 
@@ -896,7 +913,8 @@ class Round(NamedTuple):
         args, edm, energies = self.args, self.edm, self.networks["energies"]
         (S, SA, D), B, device = energies.ends, args.energy_batch, recent.device
         pool = self.make_pool(denoise)
-        optimizer = torch.optim.Adam(energies.parameters(), lr=args.energy_lr, fused=device.type in ("cpu", "cuda"))
+        parameters = [*energies.nets.parameters(), *energies.behavior.parameters()]  # the dynamics are learned before
+        optimizer = torch.optim.Adam(parameters, lr=args.energy_lr, fused=device.type in ("cpu", "cuda"))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.energy_updates, 1))
         edges = torch.tensor([0.1, 1.0, 10.0], device=device)  # of sigma, for the accuracies
         hits, tries = torch.zeros(4, 4, device=device), torch.full((4,), 1e-9, device=device)
@@ -910,7 +928,7 @@ class Round(NamedTuple):
             negatives = pool[level[:, None], torch.randint(args.pool, (B, args.negatives), device=device)]
             losses, found = zip(*energy_losses(energies, acted, chosen, negatives, sigma), strict=True)
             optimizer.zero_grad()
-            torch.stack(losses).sum().backward()
+            torch.stack(losses).sum().backward(inputs=parameters)
             optimizer.step()
             schedule.step()
             if 2 * update >= args.energy_updates:
@@ -974,7 +992,7 @@ class Round(NamedTuple):
             denoise = [torch.compile(network) for network in denoise]
         loss = train_denoiser(args, self.networks["denoiser"], ema, denoise[0], x)
         metrics = {"losses/denoiser_loss": loss}
-        metrics["losses/model_loss"] = train_model(args, self.networks["model"], x, r, mask)
+        metrics["losses/model_loss"] = train_model(args, self.networks["model"], energies, x, r, mask)
         plain, guidance = self.generate(min(args.samples, 1_000), denoise[1], None), None
         metrics |= {f"unguided/{name}": value for name, value in self.distances(plain, recent).items()}
         scales = (

@@ -104,6 +104,18 @@ MUTANTS = {  # name: (script, original, mutant)
     ),
     "EDIS: E2 without E1": ("edis_sac.py", "e1.detach() + e2", "e2"),
     "EDIS: E3 upon the policy's pairs": ("edis_sac.py", "behavior.detach() + e3", "(e1 + e2).detach() + e3"),
+    "EDIS: E3 without the residual": ("edis_sac.py", "* squared / (1 + squared / 25)", "* 0 * squared"),
+    "EDIS: E3's residual from s alone": (
+        "edis_sac.py",
+        "x[..., :S] - self.dynamics(scaled",
+        "x[..., :S] - 0 * self.dynamics(scaled",
+    ),
+    "EDIS: mean dynamics of s'": ("edis_sac.py", "= batch[:, :S] + energies.dynamics(", "= energies.dynamics("),
+    "EDIS: dynamics not trained": (
+        "edis_sac.py",
+        "[*model.parameters(), *energies.dynamics.parameters()], ene",
+        "[*model.parameters()], ene",
+    ),
     "EDIS: positives without noise": (
         "edis_sac.py",
         "(B,), device=device)] + sigma[:, None] *",

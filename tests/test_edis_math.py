@@ -267,6 +267,45 @@ def test_trained_energies_give_the_target(trained):
     assert x[:, 0].mean() < 0.7  # the recent states are E1's
 
 
+def a_world(n):
+    """x = (s, a, s') of curved dynamics, rewards and terminations."""
+    s, a = torch.randn(n, 2), torch.rand(n, 1) * 2 - 1
+    x = torch.cat([s, a, s + s.tanh() * a], dim=1)
+    return x, x[:, 0] + x[:, 4], (x[:, 3] > -1).float()
+
+
+def test_the_learned_dynamics_show_errors_to_the_transition_energy(monkeypatch):
+    """Models learn reward, termination and s'; then E3 finds true next states among some that are 0.1 off."""
+    flags = {"model_updates": 1_500, "energy_updates": 400, "energy_width": 64, "energy_batch": 128, "pool": 4_000}
+    args = edis.dataclasses.replace(ARGS, **flags, energy_lr=3e-3)
+    energies, model, (x, r, mask) = edis.Energies(2, 1, 64), edis.TransitionModel(5), a_world(20_000)
+    edis.train_model(args, model, energies, x, r, mask)
+    test, r, mask = a_world(2_000)
+    with torch.no_grad():
+        reward, logit = model(test)
+        assert (reward - r).square().mean().sqrt() < 0.1
+        assert ((logit > 0) == (mask == 0)).float().mean() > 0.98
+        error = test[:, :2] + energies.dynamics(test[:, :3]) - test[:, 3:]
+        assert error.square().mean().sqrt() < 0.03
+
+    class Policy(torch.nn.Module):
+        def forward(self, s, epsilon):
+            return torch.rand(len(s), 1) * 2 - 1, None
+
+    networks = {"energies": energies, "actor": Policy()}
+    work = edis.Round(args, networks, edis.EDM(32, 80.0, CPU), torch.zeros(5), torch.ones(5), None)
+
+    def pool(self, denoise):
+        off, _, _ = a_world(args.pool)
+        off[:, 3:] += 0.1 * torch.randn(args.pool, 2)
+        return off + self.edm.sigma_hat[:, None, None] * torch.randn(32, args.pool, 5)
+
+    monkeypatch.setattr(edis.Round, "make_pool", pool)
+    accuracies = work.train_energies(x, x[:8_000], None)
+    assert accuracies["transition_accuracy_sigma_0.1"] > 0.4  # by chance 1 / 11
+    assert max(accuracies[f"{name}_accuracy_sigma_0.1"] for name in ("state", "policy", "behavior")) < 0.15
+
+
 def test_the_pool_has_its_levels_noise():
     args = edis.dataclasses.replace(ARGS, pool=3_000, chunk=1_000)
     work = edis.Round(args, {}, edis.EDM(64, 80.0, CPU), torch.zeros(3), torch.ones(3), None)
