@@ -1,20 +1,25 @@
-"""Long tests, too long for every commit: kills at random moments, thousands of damaged data files.
+"""Long tests, too long for every commit: kills at bad moments, memory, thousands of damaged data files.
 
 python tests/endurance.py kills --script edp_iql --count 20
+python tests/endurance.py memory --script edp_iql --count 10000
 python tests/endurance.py fuzz --count 3000
 """
 
 import contextlib
 import importlib
 import io
+import json
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Literal
 
 import h5py
@@ -26,6 +31,19 @@ from conftest import ROOT, make_columns, write_hdf5
 from test_run import fast, flags_of, same_run
 
 
+def writing(run: Path) -> bool:
+    """A checkpoint is being written."""
+    return (run / "checkpoint.tmp").exists()
+
+
+def evaluating(run: Path) -> bool:
+    """The losses of an evaluation's step are logged, its returns are not."""
+    with contextlib.suppress(OSError, ValueError, IndexError):  # no row yet, half a row
+        row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        return row["step"] % 4 == 0 and "losses/qf1_loss" in row  # --eval-every 4
+    return False
+
+
 def kills(name: str, count: int, folder: Path) -> None:
     """A run killed `count` times, resumed each time, ends like one that was left alone."""
     script = importlib.import_module(name)
@@ -34,36 +52,65 @@ def kills(name: str, count: int, folder: Path) -> None:
     argv = flags_of(script, [*argv, "--env-id", "hopper-medium-v2"])
     command = [sys.executable, str(ROOT / f"{name}.py")]
 
-    def finish(flags: list[str], runs: Path, wait: float | None) -> Path | None:
-        """Run the script, for so many seconds at most after its first line; the run's folder, None if killed."""
+    def finish(flags: list[str], runs: Path, until: Callable[[Path], bool] = lambda run: False) -> Path | None:
+        """Run the script, and kill it when `until` is true of its folder; the folder, None if killed."""
         flags = flags if "--resume" in flags else [*flags, "--runs-dir", str(runs)]
-        process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        process.stdout.readline()
-        if wait is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=wait)
-            process.send_signal(signal.SIGKILL)
-        _, err = process.communicate()
-        if process.returncode == 0:
-            return max(runs.iterdir())
-        assert process.returncode == -signal.SIGKILL, err
+        with open(folder / "errors", "w+") as errors:
+            process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=errors, text=True)
+            assert process.stdout
+            run = Path(process.stdout.readline().strip())
+            Thread(target=process.stdout.read, daemon=True).start()
+            while process.poll() is None and not until(run):
+                time.sleep(1e-4)
+            process.kill()
+            if process.wait() == 0:
+                return run
+            errors.seek(0)
+            assert process.returncode == -signal.SIGKILL, errors.read()
         return None
 
-    whole = finish(argv, folder / "whole", None)
+    whole = finish(argv, folder / "whole")
     seconds = sum(script.load_checkpoint(str(whole))["progress"]["times"].values())
-    done, killed, saves = None, 0, 0
+    done, killed, hit = None, 0, {writing: 0, evaluating: 0}
     while done is None:
         runs = list((folder / "killed").glob("*"))
         started = [run for run in runs if (run / "checkpoint.pt").exists()]
         for run in set(runs) - set(started):
             shutil.rmtree(run)
-        saves += any((run / "checkpoint.tmp").exists() for run in started)
         flags = ["--resume", str(started[0])] if started else argv
-        wait = random.uniform(0, 1.5 * seconds / count) if killed < count else None
-        done = finish(flags, folder / "killed", wait)
+        end = time.time() + 5 + random.uniform(0, 1.5 * seconds / count)  # 5: what a start takes
+        moment = random.choice([writing, evaluating, lambda run, end=end: time.time() > end])
+        done = finish(flags, folder / "killed", moment) if killed < count else finish(flags, folder / "killed")
         killed += done is None
+        for run in started if done is None and moment in hit else ():
+            hit[moment] += moment(run)
     same_run(script, {"run_dir": whole}, {"run_dir": done})
-    print(f"{name}: {killed} kills, {saves} during a checkpoint's writing: the same weights, metrics and evaluations")
+    where = f"{hit[writing]} during a checkpoint's writing, {hit[evaluating]} during an evaluation"
+    print(f"{name}: {killed} kills, {where}: the same weights, metrics and evaluations")
+
+
+def memory(name: str, count: int, folder: Path) -> None:
+    """Memory of a run does not grow with its updates: MiB at a fifth of them, and the most after."""
+    data = write_hdf5(folder / "hopper.hdf5", make_columns())
+    argv = flags_of(importlib.import_module(name), fast(importlib.import_module(name)).split())
+    argv += ["--dataset-path", data, "--env-id", "hopper-medium-v2", "--runs-dir", str(folder)]
+    argv += ["--log-every", "50", "--eval-every", "2500", "--save-every", "500"]
+    sizes = {"--offline-updates": count // 2, "--online-steps": count // 2, "--round-every": count // 10}
+    sizes |= {"--num-updates": count} if name != "edis_sac" else {}
+    for flag in sizes.keys() & set(argv):
+        argv[argv.index(flag) + 1] = str(sizes[flag])
+    process = subprocess.Popen([sys.executable, str(ROOT / f"{name}.py"), *argv], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    sizes_in_mib: dict[int, float] = {}
+    for line in process.stdout:
+        if match := re.match(r"update (\d+)/", line):
+            resident = re.search(r"VmRSS:\s*(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+            sizes_in_mib[int(match[1])] = int(resident[1]) / 1024 if resident else 0.0
+    assert process.wait() == 0
+    early = max(size for update, size in sizes_in_mib.items() if update <= count / 5)
+    late = max(size for update, size in sizes_in_mib.items() if update > count / 5)
+    print(f"{name}: {early:.0f} MiB in the first {count // 5} of {count} updates, {late:.0f} at most after")
+    assert late < early + 16
 
 
 def damage(path: Path, rng: np.random.Generator) -> str:
@@ -144,14 +191,16 @@ def fuzz(count: int, folder: Path) -> None:
     print(f"{count} damaged files: {refused} refused with one line, {count - refused} read as finite values in range")
 
 
-def main(what: tyro.conf.Positional[Literal["kills", "fuzz"]], script: str = "edp_iql", count: int = 20) -> None:
-    """Kill and resume a run of --script, or read damaged files, --count times."""
+def main(
+    what: tyro.conf.Positional[Literal["kills", "memory", "fuzz"]], script: str = "edp_iql", count: int = 20
+) -> None:
+    """Kill and resume a run of --script --count times, watch its memory for so many updates, or read damaged files."""
     begin = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        if what == "kills":
-            kills(script, count, Path(folder))
-        else:
+        if what == "fuzz":
             fuzz(count, Path(folder))
+        else:
+            (kills if what == "kills" else memory)(script, count, Path(folder))
     print(f"{time.time() - begin:.0f} s")
 
 
