@@ -221,16 +221,17 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def check_args(args: Args) -> None:
     """Refuse values that cannot work, naming the argument."""
-    counts = ["log_every", "save_every", "eval_every", "eval_episodes", "batch_size", "num_threads", "cql_actions"]
-    counts += ["round_every", "first_round", "samples", "chunk", "denoiser_batch", "denoiser_width", "denoiser_layers"]
-    counts += ["negatives", "positive_buffer", "pool", "energy_batch", "energy_width"]
-    bounds: dict[str, tuple[float, float]] = dict.fromkeys(counts, (1, math.inf))
+    sizes = ("batch_size", "denoiser_batch", "energy_batch", "samples", "chunk", "pool", "positive_buffer")
+    bounds: dict[str, Any] = dict.fromkeys(sizes, (1, 1e7)) | {"online_steps": (0, 1e8)}
+    bounds |= dict.fromkeys(("log_every", "save_every", "eval_every", "round_every", "first_round"), (1, 1e12))
+    bounds |= dict.fromkeys(("eval_episodes", "num_threads", "cql_actions", "denoiser_layers"), (1, 1e3))
+    bounds |= dict.fromkeys(("denoiser_width", "energy_width", "negatives"), (1, 1e4))
+    bounds |= dict.fromkeys(("offline_updates", "denoiser_updates", "model_updates", "energy_updates"), (0, 1e12))
     bounds |= dict.fromkeys(("actor_lr", "critic_lr", "denoiser_lr", "energy_lr"), (1e-12, math.inf))
-    free = ["offline_updates", "online_steps", "denoiser_updates", "model_updates", "energy_updates", "cql_alpha"]
-    free += ["cql_alpha_online", "churn", "state_scale", "policy_scale", "transition_scale", "guidance_clip"]
-    bounds |= dict.fromkeys(free, (0, math.inf))
+    free = ["cql_alpha", "cql_alpha_online", "churn", "state_scale", "policy_scale", "transition_scale"]
+    bounds |= dict.fromkeys((*free, "guidance_clip"), (0, math.inf))
     bounds |= dict.fromkeys(("gamma", "tau", "synthetic_ratio", "denoiser_ema"), (0, 1)) | {"online_share": (0, 0.99)}
-    bounds |= {"sampling_steps": (2, math.inf), "samples": (2, math.inf), "seed": (0, 2**32)}
+    bounds |= {"sampling_steps": (2, 1e4), "samples": (2, 1e7), "seed": (0, 2**32)}
     for name, (low, high) in bounds.items():
         if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, got {getattr(args, name)}")
@@ -1211,9 +1212,9 @@ class Run:
         values["charts/minutes_left"] = (self.args.num_updates - self.step) / values["charts/SPS"] / 60
         self.lap_start = (self.step, train)
         self.write(values)
-        if not all(map(math.isfinite, values.values())):
+        if diverged := [name for name, value in values.items() if not math.isfinite(value)]:
             (self.dir / "diagnostics.json").write_text(json.dumps({"step": self.step, **values}, indent=1) + "\n")
-            print(f"diverged at update {self.step}: not finite, see {self.dir}/diagnostics.json", file=sys.stderr)
+            print(f"diverged at update {self.step}: {', '.join(diverged)} not finite, see {self.dir}", file=sys.stderr)
             self.exits.close()
             raise SystemExit(3)
 
@@ -1257,8 +1258,11 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Networks, optimisers and random generators as the checkpoint has them."""
-        for name, part in state.items():
-            part.load_state_dict(self.saved[name])
+        try:
+            for name, part in state.items():
+                part.load_state_dict(self.saved[name])
+        except (KeyError, RuntimeError, ValueError) as error:  # of a script whose networks were changed
+            fail(f"--resume {self.dir}: the checkpoint does not fit: {error}")
         torch.set_rng_state(self.saved["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in self.saved["rng"]:
             torch.cuda.set_rng_state(self.saved["rng"]["cuda"], self.device)

@@ -187,16 +187,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def check_args(args: Args) -> None:
     """Refuse values that cannot work, naming the argument."""
-    counts = ("num_updates", "log_every", "save_every", "eval_every", "eval_episodes", "eval_candidates", "batch_size")
-    bounds: dict[str, tuple[float, float]] = dict.fromkeys((*counts, "num_threads"), (1, math.inf))
-    bounds |= dict.fromkeys(("advantage_samples", "policy_target_every"), (1, math.inf))
-    bounds |= dict.fromkeys(("lr", "weight_cap", "temperature"), (1e-12, math.inf))
-    bounds |= dict.fromkeys(("max_grad_norm", "diffusion_coef", "guidance_coef", "policy_target_start"), (0, math.inf))
-    bounds |= dict.fromkeys(("gamma", "tau"), (0, 1))
     # The linear schedule's last beta is 20 / K; DPM-Solver leaves the first step's noise, much with few steps
     least = {"linear": 21, "vp": 100 if args.sampler == "dpm-solver" else 2}[args.beta_schedule]
-    bounds |= {"diffusion_steps": (least, math.inf), "seed": (0, 2**32)}
-    bounds |= {"sampler_steps": (1, args.diffusion_steps if args.sampler != "ddpm" else math.inf)}
+    counts = ("num_updates", "log_every", "save_every", "eval_every")
+    bounds: dict[str, Any] = dict.fromkeys(counts, (1, 1e12)) | {"diffusion_steps": (least, 1e5)}
+    bounds |= dict.fromkeys(("batch_size", "eval_candidates"), (1, 1e5)) | {"seed": (0, 2**32)}
+    bounds |= dict.fromkeys(("eval_episodes", "num_threads"), (1, 1e3)) | dict.fromkeys(("gamma", "tau"), (0, 1))
+    bounds |= {"sampler_steps": (1, args.diffusion_steps if args.sampler != "ddpm" else 1e5), "lr": (1e-12, math.inf)}
+    bounds |= dict.fromkeys(("max_grad_norm", "diffusion_coef"), (0, math.inf))
+    bounds |= dict.fromkeys(("weight_cap", "temperature"), (1e-12, math.inf)) | {"guidance_coef": (0, math.inf)}
+    bounds |= {"policy_target_every": (1, 1e12), "policy_target_start": (0, 1e12), "advantage_samples": (1, 1e3)}
     for name, (low, high) in bounds.items():
         if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, got {getattr(args, name)}")
@@ -883,9 +883,9 @@ class Run:
         values["charts/minutes_left"] = (self.args.num_updates - self.step) / values["charts/SPS"] / 60
         self.lap_start = (self.step, train)
         self.write(values)
-        if not all(map(math.isfinite, values.values())):
+        if diverged := [name for name, value in values.items() if not math.isfinite(value)]:
             (self.dir / "diagnostics.json").write_text(json.dumps({"step": self.step, **values}, indent=1) + "\n")
-            print(f"diverged at update {self.step}: not finite, see {self.dir}/diagnostics.json", file=sys.stderr)
+            print(f"diverged at update {self.step}: {', '.join(diverged)} not finite, see {self.dir}", file=sys.stderr)
             self.exits.close()
             raise SystemExit(3)
 
@@ -929,8 +929,11 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Networks, optimisers and random generators as the checkpoint has them."""
-        for name, part in state.items():
-            part.load_state_dict(self.saved[name])
+        try:
+            for name, part in state.items():
+                part.load_state_dict(self.saved[name])
+        except (KeyError, RuntimeError, ValueError) as error:  # of a script whose networks were changed
+            fail(f"--resume {self.dir}: the checkpoint does not fit: {error}")
         torch.set_rng_state(self.saved["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in self.saved["rng"]:
             torch.cuda.set_rng_state(self.saved["rng"]["cuda"], self.device)

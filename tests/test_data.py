@@ -9,6 +9,7 @@ import warnings
 import gymnasium as gym
 import h5py
 import numpy as np
+import pooch
 import pytest
 from conftest import ROOT, make_columns, write_hdf5
 
@@ -177,13 +178,17 @@ def test_environments(script, monkeypatch, tmp_path):
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     """A local server: routes maps a path to (status, body, declared length); it counts the requests for each."""
-    routes, requests = {}, []
+    routes, requests, stop = {}, [], threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             requests.append(self.path)
             status, body, length = routes.get(self.path, (404, b"not here", None))
+            if status == "slow":  # than anybody waits
+                return stop.wait(10)
             self.send_response(status)
+            if status == 302:
+                self.send_header("Location", body.decode())
             self.send_header("Content-Length", str(length or len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -196,15 +201,20 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     yield routes, requests, f"http://127.0.0.1:{httpd.server_port}"
+    stop.set()
     httpd.shutdown()
 
 
 NAME = "hopper_medium-v2.hdf5"
 
 
-@pytest.mark.parametrize("case", ["whole", "forbidden, mirror", "html, mirror", "truncated, mirror"])
+@pytest.mark.parametrize("case", [
+    "whole", "forbidden, mirror", "html, mirror", "truncated, mirror", "moved to the mirror", "slow, mirror",
+])  # fmt: skip
 def test_download(script, server, monkeypatch, hopper_file, case):
     routes, requests, url = server
+    patient = pooch.HTTPDownloader
+    monkeypatch.setattr(pooch, "HTTPDownloader", lambda **options: patient(**{**options, "timeout": 1}))
     monkeypatch.setattr(script, "D4RL_URLS", (url + "/first/{}", url + "/mirror/{}"))
     whole = hopper_file.read_bytes()
     routes[f"/mirror/{NAME}"] = (200, whole, None)
@@ -213,6 +223,8 @@ def test_download(script, server, monkeypatch, hopper_file, case):
         "forbidden, mirror": (403, b"forbidden", None),
         "html, mirror": (200, b"<html>please log in</html>", None),
         "truncated, mirror": (200, whole[: len(whole) // 2], len(whole)),
+        "moved to the mirror": (302, f"/mirror/{NAME}".encode(), None),
+        "slow, mirror": ("slow", b"", None),
     }[case]
     columns, *_, source = script.load_task(args_of(script, env_id="hopper-medium-v2"))
     assert len(columns["rewards"]) == 600
@@ -235,6 +247,19 @@ def test_download_fails(script, server, monkeypatch, hopper_file, capsys, case):
     line = error_of(capsys, lambda: script.load_task(args_of(script, env_id="hopper-medium-v2")))
     assert "cannot download hopper_medium-v2.hdf5" in line and "D4RL_DATASET_DIR" in line
     assert not os.path.exists(os.path.join(os.environ["D4RL_DATASET_DIR"], NAME))
+    monkeypatch.setattr(script, "D4RL_URLS", (url + "/{}",))
+    routes[f"/{NAME}"] = (200, whole, None)  # tried again when the server is back
+    assert len(script.load_task(args_of(script, env_id="hopper-medium-v2"))[0]["rewards"]) == 600
+
+
+def test_data_folder_is_a_file(script, server, monkeypatch, hopper_file, capsys):
+    routes, _, url = server
+    routes[f"/{NAME}"] = (200, hopper_file.read_bytes(), None)
+    monkeypatch.setattr(script, "D4RL_URLS", (url + "/{}",))
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(hopper_file))
+    assert "D4RL_DATASET_DIR" in error_of(capsys, lambda: script.load_task(args_of(script, env_id="hopper-medium-v2")))
+    line = error_of(capsys, lambda: script.load_task(args_of(script, dataset_path=str(hopper_file.parent))))
+    assert str(hopper_file.parent) in line
 
 
 def test_two_downloads_at_once(script, server, monkeypatch, hopper_file):

@@ -287,6 +287,32 @@ def test_resume_refuses_other_settings_and_data(run, script, tmp_path, capsys):
     assert "--resume" in error_of(capsys, lambda: parse(script, "--resume", tmp_path / "other.pt"))
 
 
+class Malicious:
+    """Pickled, it runs a command when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_resume_refuses_foreign_checkpoints(run, script, tmp_path, capsys):
+    """A pickle that runs code, another script's checkpoint, other networks."""
+    torch.save({"args": {}, "progress": Malicious(tmp_path / "ran")}, tmp_path / "bad.pt")
+    assert "--resume" in error_of(capsys, lambda: parse(script, "--resume", tmp_path / "bad.pt"))
+    assert not (tmp_path / "ran").exists()
+    file = script.Path(run()["run_dir"]) / "checkpoint.pt"
+    for other in map(importlib.import_module, SCRIPTS):
+        if other is not script:
+            assert "unexpected keyword" in error_of(capsys, lambda o=other: o.load_checkpoint(str(file)))
+    checkpoint = torch.load(file, weights_only=True)
+    name = next(name for name in checkpoint["critic"] if name.endswith("weight"))
+    checkpoint["critic"][name] = checkpoint["critic"][name][:5]
+    torch.save(checkpoint, file)
+    assert "does not fit" in error_of(capsys, lambda: script.main(parse(script, "--resume", file)))
+
+
 def test_no_transitions(run, tmp_path, capsys):
     path = write_hdf5(tmp_path / "one.hdf5", make_columns(rows=1))
     assert "no transition" in error_of(
@@ -347,7 +373,9 @@ def test_divergence_ends_with_3(run, script, tmp_path, capsys):
         )
     assert caught.value.code == 3
     (folder,) = (tmp_path / "runs").iterdir()
-    assert "not finite" in capsys.readouterr().err and (folder / "diagnostics.json").exists()
+    message, found = capsys.readouterr().err, json.loads((folder / "diagnostics.json").read_text())
+    first = next(name for name, value in found.items() if not math.isfinite(value))
+    assert f"diverged at update {found['step']}: {first}" in message and first.startswith("losses/")
     checkpoint = folder / "checkpoint.pt"
     assert not checkpoint.exists() or all(
         torch.isfinite(value).all() for value in script.load_checkpoint(str(folder))["critic"].values()
@@ -528,6 +556,15 @@ def test_bad_arguments(name, flag, hopper_file, capsys):
     script, data = importlib.import_module(name), ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file)]
     argv = [*fast(script).split(), *data, flag, BAD[flag]]
     assert flag in error_of(capsys, lambda: script.main(parse(script, *argv)))
+
+
+def test_every_number_has_bounds(script, capsys):
+    """A slip of the keyboard does not reach an allocation or a loss."""
+    for field in script.dataclasses.fields(script.Args):
+        for value in {int: (10**30, -1), float: (math.nan, math.inf, -1.0)}.get(field.type, ()):
+            args = script.dataclasses.replace(script.Args(), **{field.name: value})
+            flag = f"--{field.name.replace('_', '-')} "
+            assert flag in error_of(capsys, lambda a=args: script.check_args(a)), (field.name, value)
 
 
 def test_no_such_gpu(run, capsys):
