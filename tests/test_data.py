@@ -214,8 +214,9 @@ NAME = "hopper_medium-v2.hdf5"
 def test_download(script, server, monkeypatch, hopper_file, case):
     routes, requests, url = server
     patient = pooch.HTTPDownloader
-    monkeypatch.setattr(pooch, "HTTPDownloader", lambda **options: patient(**{**options, "timeout": 1}))
-    monkeypatch.setattr(script, "D4RL_URLS", (url + "/first/{}", url + "/mirror/{}"))
+    monkeypatch.setattr(pooch, "HTTPDownloader", lambda **o: patient(**{**o, "timeout": o["timeout"] / 30}))
+    urls = (url + "/first/{}", url + "/mirror/{}")
+    monkeypatch.setattr(script, "D4RL_URLS", urls[:1] if case == "moved to the mirror" else urls)
     whole = hopper_file.read_bytes()
     routes[f"/mirror/{NAME}"] = (200, whole, None)
     routes[f"/first/{NAME}"] = {
