@@ -1,23 +1,31 @@
-"""Run a benchmark: one training run per core, resumed where it was stopped, raw files kept under benchmark_results/raw.
+"""Run a benchmark: runs go on where they were stopped, raw files are kept under benchmark_results/raw.
 
 python benchmark_results/launch.py edp_iql            # three seeds, two data sets, EDP-IQL and behaviour cloning
 python benchmark_results/launch.py edp_iql --jobs medium-expert   # only the jobs whose name contains this
 python benchmark_results/launch.py edis_sac           # one pre-trained agent per seed, which every variant goes on with
+python benchmark_results/launch.py edp_td3 --executor slurm --slurm-partition cpu --workers 6
+python benchmark_results/launch.py edp_td3 --gpus 2 --workers 4   # two runs on each GPU of this machine
 
-A job is done when its raw files hold a finished run of the arguments that the script would resolve now.
+A job is done when its raw files hold a finished run of the arguments that the script would resolve now. A run that
+diverged is kept too, and is told; the exit code is 1 if a job did not end well.
 """
 
 import importlib
 import json
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from queue import Queue
+from typing import Literal
 
+import submitit
 import tyro
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 EDP_SETS = ("hopper-medium-expert-mini", "hopper-medium-replay-mini")
@@ -32,12 +40,12 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         **{f"edis_no_{name}": [f"--no-{name}-energy"] for name in ("state", "policy", "transition")},
     },
 }
-KEPT = ("args.json", "evaluations.csv", "metrics.jsonl", "result.json")
+KEPT = ("args.json", "evaluations.csv", "metrics.jsonl", "result.json", "diagnostics.json")
 
 
 @dataclass
 class Args:
-    """Run a benchmark, one run per core; call it again to go on where it stopped."""
+    """Run a benchmark; call it again to go on where it stopped."""
 
     script: tyro.conf.Positional[Literal["edp_iql", "edp_crr", "edp_td3", "edis_sac"]]
     """which script"""
@@ -48,52 +56,90 @@ class Args:
     online_steps: int = 20_000
     """online steps per run of EDIS"""
     workers: int = 2
-    """runs at a time"""
+    """runs at a time: on this machine one per core"""
+    gpus: int = 0
+    """GPUs that the workers of this machine share in turn, or that each job of a cluster gets"""
+    executor: Literal["local", "slurm"] = "local"
+    """where runs are started: on this machine, or as jobs of a SLURM cluster"""
+    slurm_partition: str | None = None
+    """partition of the cluster"""
+    slurm_hours: int = 24
+    """time limit of a job on the cluster; launch again for what it cut"""
     jobs: str = ""
     """only jobs whose name contains this"""
     runs_dir: Path = ROOT / "runs" / "benchmark"
     """where runs are kept until they are complete"""
 
 
-def is_done(raw: Path, script: Any, flags: list[str]) -> bool:
-    """Whether raw files of a finished run with these arguments are there."""
-    if not (raw / "result.json").exists():
-        return False
-    wanted, about = script.parse_args(flags), json.loads((raw / "args.json").read_text())["args"]
-    updates = json.loads((raw / "result.json").read_text())["updates"]
-    same = all(about.get(k, {}).get("value") == v for k, v in vars(wanted).items() if k not in script.RESUMABLE)
-    return same and updates >= wanted.num_updates
+class Launcher:
+    """Starts runs, `workers` at a time; the threads here only wait."""
 
+    def __init__(self, args: Args) -> None:
+        self.args, self.script = args, importlib.import_module(args.script)
+        self.executor = submitit.AutoExecutor(args.runs_dir / "submitit", cluster=args.executor)
+        hours = 10_000 if args.executor == "local" else args.slurm_hours
+        self.executor.update_parameters(timeout_min=60 * hours, gpus_per_node=args.gpus)
+        self.executor.update_parameters(slurm_partition=args.slurm_partition)
+        self.interrupted = False
+        self.devices: Queue[str] = Queue()
+        for i in range(args.workers):
+            self.devices.put(f"cuda:{i % args.gpus}" if args.gpus and args.executor == "local" else "auto")
 
-def train(work: Path, script: str, flags: list[str], pretrained: Path | None = None) -> Path | str:
-    """Start a run in `work`, or go on with the one there, or with a copy of `pretrained`; its folder, or an error."""
-    work.mkdir(parents=True, exist_ok=True)
-    if pretrained and not any(work.glob("*/checkpoint.pt")):
-        shutil.copytree(pretrained, work / "copy", dirs_exist_ok=True)
-    started = sorted(path.parent for path in work.glob("*/checkpoint.pt"))
-    flags = [*flags, "--resume", str(started[-1])] if started else [*flags, "--runs-dir", str(work)]
-    with open(work / "log.txt", "a") as log:
-        command = [sys.executable, str(ROOT / f"{script}.py"), *flags]
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-    return f"exit code {code}, see {work / 'log.txt'}" if code else max(p.parent for p in work.glob("*/result.json"))
+    def train(self, work: Path, flags: list[str], pretrained: Path | None = None) -> tuple[int, Path]:
+        """Start a run in `work`, or go on with the one there, or with a copy of `pretrained`; exit code and folder."""
+        work.mkdir(parents=True, exist_ok=True)
+        if pretrained and not any(work.glob("*/checkpoint.pt")):
+            shutil.copytree(pretrained, work / "copy", dirs_exist_ok=True)
+        started = sorted(path.parent for path in work.glob("*/checkpoint.pt"))
+        flags = [*flags, "--resume", str(started[-1])] if started else [*flags, "--runs-dir", str(work)]
+        device = self.devices.get()
+        try:
+            if self.interrupted:
+                return 130, work
+            command = [sys.executable, str(ROOT / f"{self.args.script}.py"), *flags, "--device", device]
+            line = f"{shlex.join(command)} >> {shlex.quote(str(work / 'log.txt'))} 2>&1"
+            code = self.executor.submit(subprocess.call, line, shell=True).result()
+            self.interrupted |= code == 130
+        finally:
+            self.devices.put(device)
+        return code, max((path.parent for path in work.glob("*/args.json")), default=work)
 
+    def is_done(self, raw: Path, flags: list[str]) -> bool:
+        """Whether raw files of a finished run with these arguments are there."""
+        if not (raw / "result.json").exists():
+            return False
+        wanted, about = self.script.parse_args(flags), json.loads((raw / "args.json").read_text())["args"]
+        updates, free = json.loads((raw / "result.json").read_text())["updates"], self.script.RESUMABLE
+        same = all(
+            about.get(name, {}).get("value") == value for name, value in vars(wanted).items() if name not in free
+        )
+        return same and updates >= wanted.num_updates
 
-def run(name: str, args: Args, flags: list[str], pretrained: Path | str | None) -> str:
-    """One job; returns what became of it."""
-    raw = ROOT / "benchmark_results" / "raw" / name
-    if is_done(raw, importlib.import_module(args.script), flags):
-        return "done before"
-    folder = pretrained if isinstance(pretrained, str) else train(args.runs_dir / name, args.script, flags, pretrained)
-    if isinstance(folder, str):
-        return folder
-    raw.mkdir(parents=True, exist_ok=True)
-    for file in KEPT:  # without this machine's paths
-        (raw / file).write_text((folder / file).read_text().replace(f"{ROOT}/", ""))
-    return f"return {json.loads((raw / 'result.json').read_text())['return']}"
+    def run(self, name: str, flags: list[str], agent: Future[tuple[int, Path]] | None) -> str:
+        """One job, with the pre-trained agent that it goes on with; what became of it."""
+        raw, work = ROOT / "benchmark_results" / "raw" / name, self.args.runs_dir / name
+        if self.is_done(raw, flags):
+            return "done before"
+        code, folder = agent.result() if agent else (0, None)
+        if code == 0:
+            code, folder = self.train(work, flags, folder)
+        if code == 130:
+            return "FAILED: interrupted; launch again to go on"
+        if code not in (0, 3):
+            return f"FAILED with exit code {code}, see {work}/log.txt"
+        raw.mkdir(parents=True, exist_ok=True)
+        for file in KEPT:  # without this machine's paths
+            (raw / file).unlink(missing_ok=True)
+            if folder and (folder / file).exists():
+                (raw / file).write_text((folder / file).read_text().replace(f"{ROOT}/", ""))
+        if code == 3:
+            return f"FAILED: diverged, see {raw}/diagnostics.json"
+        return f"return {json.loads((raw / 'result.json').read_text())['return']}"
 
 
 def main(args: Args) -> None:
     sys.path.insert(0, str(ROOT))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runs, which save
     jobs: dict[str, list[str]] = {}
     for seed in range(args.seeds):
         for env_id in SETS[args.script]:
@@ -105,24 +151,25 @@ def main(args: Args) -> None:
                     common += ["--num-updates", str(args.updates), "--eval-every", "10000"]
                 jobs[f"{env_id}__{variant}__{seed}"] = common + flags
     jobs = {name: flags for name, flags in jobs.items() if args.jobs in name}
-    with ThreadPoolExecutor(args.workers) as pool:
-        agents: dict[str, Path | str] = {}  # pre-trained ones by the job's data set and seed, or what went wrong
+    launcher, failed = Launcher(args), 0
+    with ThreadPoolExecutor(2 * len(jobs) or 1) as pool:
+        agents: dict[str, Future[tuple[int, Path]]] = {}  # pre-trained, one for the variants of a data set and seed
         if args.script == "edis_sac":
-            names = {"__pretrained__".join(name.split("__")[::2]): flags[:4] for name, flags in jobs.items()}
-            offline = {
-                name: pool.submit(train, args.runs_dir / name, args.script, [*flags, "--online-steps", "0"])
-                for name, flags in names.items()
-            }
-            agents = {name: future.result() for name, future in offline.items()}
+            for name, flags in jobs.items():
+                if not launcher.is_done(ROOT / "benchmark_results" / "raw" / name, flags):
+                    shared = "__pretrained__".join(name.split("__")[::2])
+                    offline = [*flags[:4], "--online-steps", "0"]
+                    if shared not in agents:
+                        agents[shared] = pool.submit(launcher.train, args.runs_dir / shared, offline)
         futures = {
-            name: pool.submit(run, name, args, flags, agents.get("__pretrained__".join(name.split("__")[::2])))
+            pool.submit(launcher.run, name, flags, agents.get("__pretrained__".join(name.split("__")[::2]))): name
             for name, flags in jobs.items()
         }
-        outcomes = {name: future.result() for name, future in futures.items()}
-    for name, outcome in outcomes.items():
-        print(f"{name}: {outcome}")
-    if any("exit code" in outcome for outcome in outcomes.values()):
-        raise SystemExit(1)
+        for future in tqdm(as_completed(futures), total=len(futures), unit="job"):
+            outcome = f"FAILED: {future.exception()!r}" if future.exception() else future.result()
+            failed += outcome.startswith("FAILED")
+            tqdm.write(f"{futures[future]}: {outcome}")
+    raise SystemExit(failed > 0)
 
 
 if __name__ == "__main__":

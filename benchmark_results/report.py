@@ -30,7 +30,7 @@ DISTANCES = {"state": "states to the recent ones", "policy": "actions to the pol
 
 
 class Job(NamedTuple):
-    """One run: its evaluations' steps and mean returns, the last one's episodes, result.json, metrics.jsonl."""
+    """A finished run: its evaluations' steps and mean returns, the last one's episodes, result.json, metrics.jsonl."""
 
     steps: list[int]
     curve: list[float]
@@ -39,7 +39,17 @@ class Job(NamedTuple):
     metrics: list[dict[str, float]]
 
 
-def load(folder: Path) -> Job:
+Runs = dict[str, dict[str, list[Job | None]]]  # by data set and variant; None: diverged
+
+
+def finished(jobs: list[Job | None]) -> list[Job]:
+    return [job for job in jobs if job]
+
+
+def load(folder: Path) -> Job | None:
+    """None: it diverged."""
+    if not (folder / "result.json").exists():
+        return None
     with open(folder / "evaluations.csv") as file:
         rows = [(int(row["step"]), float(row["return"])) for row in csv.DictReader(file)]
     steps = sorted({step for step, _ in rows})
@@ -55,30 +65,35 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
     return ordered[..., cut : values.shape[-1] - cut].mean(-1)
 
 
-def results_table(runs: dict[str, dict[str, list[Job]]], statistics: dict[str, Any], unit: str) -> list[str]:
+def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str]:
     columns = f"data | mean return of the data | algorithm | seeds | {unit} | last | mean of last 10 | best"
     lines, rng = [f"| {columns} | IQM of last [95 %] | updates/s |", "|" + "---|" * 10], np.random.default_rng(0)
     for env_id, variants in runs.items():
-        for variant, jobs in variants.items():
+        for variant, all_jobs in variants.items():
+            jobs, name = finished(all_jobs), f"{env_id} | {statistics[env_id]['return_mean']:.0f} | {LABELS[variant]}"
+            seeds = (
+                f"{len(jobs)}, {len(all_jobs) - len(jobs)} diverged" if len(jobs) < len(all_jobs) else f"{len(jobs)}"
+            )
+            if not jobs:
+                lines.append(f"| {name} | {seeds} |" + " - |" * 6)
+                continue
             picks = [rng.choice(job.last, (2_000, len(job.last))) for job in jobs]  # within seeds: stratified
             low, high = np.percentile(interquartile_mean(np.concatenate(picks, axis=1)), [2.5, 97.5])
             iqm = interquartile_mean(np.concatenate([job.last for job in jobs]))
             keys = ("last", "mean_of_last_10", "best")
             means = " | ".join(f"{np.mean([job.result['return'][key] for job in jobs]):.0f}" for key in keys)
             speed = np.median([job.result["updates_per_second"] for job in jobs])
-            lines.append(
-                f"| {env_id} | {statistics[env_id]['return_mean']:.0f} | {LABELS[variant]} | {len(jobs)} "
-                f"| {jobs[0].steps[-1]} | {means} | {iqm:.0f} [{low:.0f}, {high:.0f}] | {speed:.0f} |"
-            )
+            middle = f"{iqm:.0f} [{low:.0f}, {high:.0f}]"
+            lines.append(f"| {name} | {seeds} | {jobs[0].steps[-1]} | {means} | {middle} | {speed:.0f} |")
     return lines
 
 
-def distance_table(runs: dict[str, dict[str, list[Job]]]) -> list[str]:
+def distance_table(runs: Runs) -> list[str]:
     """Means over seeds and rounds; in how many rounds guidance made it less."""
     lines = ["| data | algorithm | distance | without guidance | with guidance | less in rounds |", "|" + "---|" * 6]
     for env_id, variants in runs.items():
         for variant, jobs in variants.items():
-            rounds = [row for job in jobs for row in job.metrics if "guided/state" in row]
+            rounds = [row for job in finished(jobs) for row in job.metrics if "guided/state" in row]
             for key, label in DISTANCES.items() if rounds else ():
                 a, b = (np.array([row[f"{kind}/{key}"] for row in rounds]) for kind in ("unguided", "guided"))
                 row = f"| {env_id} | {LABELS[variant]} | {label} | {a.mean():.4f} | {b.mean():.4f}"
@@ -86,13 +101,15 @@ def distance_table(runs: dict[str, dict[str, list[Job]]]) -> list[str]:
     return lines
 
 
-def draw(runs: dict[str, dict[str, list[Job]]], statistics: dict[str, Any], unit: str, path: Path) -> None:
+def draw(runs: Runs, statistics: dict[str, Any], unit: str, path: Path) -> None:
     size = (5.5 * len(runs), 3.6)
     fig, axes = plt.subplots(1, len(runs), figsize=size, squeeze=False, constrained_layout=True)
     for ax, (env_id, variants) in zip(axes[0], runs.items(), strict=True):
         mean = statistics[env_id]["return_mean"]
         ax.axhline(mean, color="grey", linestyle="--", linewidth=1, label="mean return of the data")
-        for variant, jobs in variants.items():
+        for variant, jobs in ((variant, finished(jobs)) for variant, jobs in variants.items()):
+            if not jobs:
+                continue
             for job in jobs:
                 ax.plot(job.steps, job.curve, color=COLOURS[variant], linewidth=0.7, alpha=0.4)
             label = f"{LABELS[variant]}, {len(jobs)} seed{'s' * (len(jobs) > 1)}"
@@ -114,8 +131,8 @@ def replace(name: str, lines: list[str]) -> None:
 
 def main() -> None:
     statistics = json.loads((HERE.parent / "datasets" / "statistics.json").read_text())
-    edp: dict[str, dict[str, list[Job]]] = {}
-    edis: dict[str, dict[str, list[Job]]] = {}
+    edp: Runs = {}
+    edis: Runs = {}
     order = list(LABELS)
     folders = [folder.name.split("__") for folder in (HERE / "raw").glob("*__*__*")]
     for env_id, variant, seed in sorted(folders, key=lambda parts: (parts[0], order.index(parts[1]), parts[2])):
