@@ -3,6 +3,7 @@
 python benchmark_results/launch.py edp_iql            # three seeds, two data sets, EDP-IQL and behaviour cloning
 python benchmark_results/launch.py edp_iql --jobs medium-expert   # only the jobs whose name contains this
 python benchmark_results/launch.py edis_sac           # one pre-trained agent per seed, which every variant goes on with
+python benchmark_results/launch.py edp_iql --env-ids hopper-medium-v2 walker2d-medium-v2 --updates 2000000
 python benchmark_results/launch.py edp_td3 --executor slurm --slurm-partition cpu --workers 6
 python benchmark_results/launch.py edp_td3 --gpus 2 --workers 4   # two runs on each GPU of this machine
 
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
 from typing import Literal
@@ -49,6 +50,8 @@ class Args:
 
     script: tyro.conf.Positional[Literal["edp_iql", "edp_crr", "edp_td3", "edis_sac"]]
     """which script"""
+    env_ids: list[str] = field(default_factory=list)
+    """data sets; none given: the two bundled ones of the README's tables"""
     seeds: int = 3
     """seeds 0, 1, ..."""
     updates: int = 100_000
@@ -142,7 +145,7 @@ def main(args: Args) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runs, which save
     jobs: dict[str, list[str]] = {}
     for seed in range(args.seeds):
-        for env_id in SETS[args.script]:
+        for env_id in args.env_ids or SETS[args.script]:
             for variant, flags in VARIANTS[args.script].items():
                 common = ["--env-id", env_id, "--seed", str(seed), "--exp-name", variant]
                 if args.script == "edis_sac":

@@ -88,6 +88,21 @@ def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str
     return lines
 
 
+def d4rl_table(runs: Runs) -> list[str]:
+    """Normalised scores, mean of the last ten evaluations: published, and ours where somebody ran it."""
+    published, names = json.loads((HERE / "published.json").read_text()), ("edp_td3", "edp_crr", "edp_iql")
+    columns = " | ".join(f"{LABELS[name]}, published | ours (seeds)" for name in names)
+    lines = [f"| data | {columns} |", "|" + "---|" * 7]
+    for env_id, scores in published["scores"].items():
+        cells = [env_id]
+        for name in names:
+            jobs = finished(runs.get(env_id, {}).get(name, []))
+            score = np.mean([job.result["normalized_score"]["mean_of_last_10"] for job in jobs]) if jobs else None
+            cells += [f"{scores[name]}", "not run" if score is None else f"{score:.1f} ({len(jobs)})"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", f"Published: {published['source']}."]
+
+
 def distance_table(runs: Runs) -> list[str]:
     """Means over seeds and rounds; in how many rounds guidance made it less."""
     lines = ["| data | algorithm | distance | without guidance | with guidance | less in rounds |", "|" + "---|" * 6]
@@ -133,15 +148,18 @@ def main() -> None:
     statistics = json.loads((HERE.parent / "datasets" / "statistics.json").read_text())
     edp: Runs = {}
     edis: Runs = {}
+    d4rl: Runs = {}
     order = list(LABELS)
     folders = [folder.name.split("__") for folder in (HERE / "raw").glob("*__*__*")]
     for env_id, variant, seed in sorted(folders, key=lambda parts: (parts[0], order.index(parts[1]), parts[2])):
-        runs = edp if order.index(variant) < order.index("edis") else edis
+        bundled = edp if order.index(variant) < order.index("edis") else edis
+        runs = bundled if env_id in statistics else d4rl
         runs.setdefault(env_id, {}).setdefault(variant, []).append(
             load(HERE / "raw" / "__".join((env_id, variant, seed)))
         )
     replace("EDP", results_table(edp, statistics, "updates"))
     draw(edp, statistics, "updates", HERE / "learning_curves.png")
+    replace("D4RL", d4rl_table(d4rl))
     if edis:
         replace("EDIS", results_table(edis, statistics, "updates"))
         replace("distances", distance_table(edis))
