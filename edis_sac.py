@@ -178,7 +178,7 @@ MINI = {
     "observation_transform": "per-dimension", "offline_updates": 6_000, "online_steps": 20_000, "actor_lr": 3e-4,
     "tau": 0.01, "cql_alpha": 10.0, "cql_actions": 2, "round_every": 5_000, "samples": 10_000,
     "denoiser_updates": 5_000, "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3, "sampling_steps": 32,
-    "model_updates": 3_000, "energy_width": 128, "energy_batch": 128, "pool": 5_000, "eval_every": 2_000,
+    "model_updates": 5_000, "energy_width": 128, "energy_batch": 128, "pool": 5_000, "eval_every": 2_000,
     "log_every": 250, "save_every": 5_000,
 }  # fmt: skip
 PRESETS = {f"hopper-{level}-mini": MINI for level in ("medium", "medium-replay", "medium-expert")}
@@ -963,8 +963,9 @@ class Round(NamedTuple):
         """How far transitions x (N, D) are from the recent states, the policy's actions and the environment's dynamics.
 
         state: energy distance of the states; policy: of the actions' quantiles under the policy in their states, from
-        those of its own actions; dynamics: root mean square of s' against the environment's, in standard deviations of
-        the data.
+        those of its own actions; dynamics: how far s' is from the environment's, per dimension and in standard
+        deviations of the data, the mean over transitions and, led by the few that make or break contact, the root mean
+        square.
         """
         S = self.networks["energies"].ends[0]
         s = x[:, :S]
@@ -979,8 +980,8 @@ class Round(NamedTuple):
         if self.simulate:
             raw = x * self.std + self.mean
             truth = self.simulate(raw[:, :S], raw[:, S:-S].clamp(-1, 1))
-            error = (truth - raw[:, -S:]) / self.std[-S:]
-            found["dynamics"] = error.square().mean().sqrt()
+            error = ((truth - raw[:, -S:]) / self.std[-S:]).square().mean(1)
+            found |= {"dynamics": error.sqrt().mean(), "dynamics_rms": error.mean().sqrt()}
         return found
 
     def __call__(self, x: Tensor, r: Tensor, mask: Tensor, recent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -996,6 +997,8 @@ class Round(NamedTuple):
         metrics["losses/model_loss"] = train_model(args, self.networks["model"], energies, x, r, mask)
         plain, guidance = self.generate(min(args.samples, 1_000), denoise[1], None), None
         metrics |= {f"unguided/{name}": value for name, value in self.distances(plain, recent).items()}
+        real = recent[torch.randint(len(recent), (len(plain),), device=recent.device)]
+        metrics |= {f"recent/{name}": value for name, value in self.distances(real, recent).items()}
         scales = (
             args.state_scale * args.state_energy,
             args.policy_scale * args.policy_energy,

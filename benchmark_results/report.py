@@ -26,7 +26,10 @@ LABELS = {
     "edis_no_transition": "EDIS without E3",
 }  # fmt: skip
 COLOURS = dict(zip(LABELS, [*map(plt.get_cmap("tab10"), range(10)), "black"], strict=True))
-DISTANCES = {"state": "states to the recent ones", "policy": "actions to the policy's", "dynamics": "dynamics error"}
+DISTANCES = {
+    "state": "states to the recent ones", "policy": "actions to the policy's", "dynamics": "dynamics error, mean",
+    "dynamics_rms": "dynamics error, root mean square",
+}  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -104,15 +107,17 @@ def d4rl_table(runs: Runs) -> list[str]:
 
 
 def distance_table(runs: Runs) -> list[str]:
-    """Means over seeds and rounds; in how many rounds guidance made it less."""
-    lines = ["| data | algorithm | distance | without guidance | with guidance | less in rounds |", "|" + "---|" * 6]
+    """Means over seeds and rounds; in how many rounds guidance made it less; real recent transitions for comparison."""
+    columns = "data | algorithm | distance | without guidance | with guidance | less in rounds | of recent transitions"
+    lines = [f"| {columns} |", "|" + "---|" * 7]
     for env_id, variants in runs.items():
         for variant, jobs in variants.items():
             rounds = [row for job in finished(jobs) for row in job.metrics if "guided/state" in row]
             for key, label in DISTANCES.items() if rounds else ():
-                a, b = (np.array([row[f"{kind}/{key}"] for row in rounds]) for kind in ("unguided", "guided"))
-                row = f"| {env_id} | {LABELS[variant]} | {label} | {a.mean():.4f} | {b.mean():.4f}"
-                lines.append(f"{row} | {(b < a).sum()} of {len(a)} |")
+                a, b, c = ([row[f"{kind}/{key}"] for row in rounds] for kind in ("unguided", "guided", "recent"))
+                row = f"| {env_id} | {LABELS[variant]} | {label} | {np.mean(a):.4f} | {np.mean(b):.4f}"
+                less = sum(y < x for x, y in zip(a, b, strict=True))
+                lines.append(f"{row} | {less} of {len(a)} | {np.mean(c):.4f} |")
     return lines
 
 

@@ -461,6 +461,9 @@ def test_distances():
         wrong = recent.clone()
         wrong[:, column] += 0.5
         assert work.distances(wrong, recent)[name] > right[name] + 0.03
+    wrong[::2, 2] = recent[::2, 2]  # half is right: mean 0.25, root mean square 0.5 / sqrt(2)
+    found = work.distances(wrong, recent)
+    assert_close(torch.stack([found["dynamics"], found["dynamics_rms"]]), torch.tensor([0.25, 0.125**0.5]))
 
 
 def test_simulator_is_the_environment():

@@ -459,7 +459,8 @@ def test_edis_smoke(tmp_path, hopper_file):
     folder = edis_sac.Path(result["run_dir"])
     rounds = [row for row in rows_of(folder / "metrics.jsonl") if "guided/state" in row]
     assert [row["step"] for row in rounds] == [601, 1601]
-    names = {f"{kind}/{name}" for kind in ("guided", "unguided") for name in ("state", "policy", "dynamics")}
+    distances = ("state", "policy", "dynamics", "dynamics_rms")
+    names = {f"{kind}/{name}" for kind in ("guided", "unguided", "recent") for name in distances}
     names |= {"charts/generated_per_second", "losses/denoiser_loss", "losses/model_loss"}
     names |= {f"energies/{name}_accuracy_sigma_1" for name in ("state", "policy", "behavior", "transition")}
     assert all(names <= set(row) and all(map(math.isfinite, row.values())) for row in rounds)
