@@ -8,8 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, make_columns, write_hdf5
+
+import edp_iql
 
 
 @pytest.fixture
@@ -62,3 +66,38 @@ def test_report_is_up_to_date(copy):
     assert (copy / "README.md").read_text() == before
     figures = re.findall(r"\]\((benchmark_results/\S+\.png)\)", before)
     assert figures and all((copy / figure).stat().st_size > 10_000 for figure in figures)
+
+
+@pytest.mark.parametrize("name, flags", [("iql", ["--inverse-temperature", "0"]), ("td3_bc", ["--eta", "0"])])
+def test_baselines(name, flags, tmp_path):
+    """Without Q they clone: the policy comes near actions that depend on the state alone."""
+    columns = make_columns()
+    columns["actions"] = 0.8 * np.tanh(columns["observations"][:, :3])
+    data = ["--env-id", "own", "--dataset-path", write_hdf5(tmp_path / "own.hdf5", columns)]
+    flags = [*flags, *data, "--runs-dir", str(tmp_path / "runs"), "--num-updates", "300", "--log-every", "10"]
+    done = call(ROOT, f"benchmark_results/baselines/{name}.py", *flags, "--batch-size", "64", "--lr", "1e-3")
+    assert done.returncode == 0, done
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert f"own__{name}__0__" in folder.name
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["losses/diffusion_loss"] < 0.1 * rows[0]["losses/diffusion_loss"]
+
+
+@pytest.mark.parametrize("name", ["iql", "td3_bc"])
+def test_baselines_prefer_what_is_rewarded(name, tmp_path):
+    """Actions are uniform, reward and episode's end after one step: both move towards larger ones."""
+    columns = make_columns(rows=2_000)
+    rng = np.random.default_rng(0)
+    columns["actions"] = rng.uniform(-0.9, 0.9, (2_000, 3)).astype(np.float32)
+    columns["rewards"], columns["terminals"][:] = columns["actions"][:, 0], True
+    data = ["--env-id", "own", "--dataset-path", write_hdf5(tmp_path / "own.hdf5", columns)]
+    flags = [*data, "--runs-dir", str(tmp_path / "runs"), "--num-updates", "600", "--lr", "1e-3", "--batch-size", "64"]
+    done = call(ROOT, f"benchmark_results/baselines/{name}.py", *flags)
+    assert done.returncode == 0, done
+    (folder,) = (tmp_path / "runs").iterdir()
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    network = edp_iql.MLP(11, 3)
+    network.load_state_dict(saved["policy"])
+    with torch.no_grad():
+        mean = network(torch.as_tensor(columns["observations"])).tanh().mean(0)
+    assert mean[0] > 0.3 and mean[1:].abs().max() < 0.2, mean

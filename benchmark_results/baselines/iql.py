@@ -1,0 +1,47 @@
+"""IQL with a feed-forward policy: edp_iql.py with another policy, same critics, data, evaluation and run files.
+
+python benchmark_results/baselines/iql.py --env-id hopper-medium-expert-mini
+
+Kostrikov et al., 2021, arXiv 2110.06169: advantage-weighted regression of a Gaussian policy with tanh mean and fixed,
+equal deviations, so that -log pi is the squared error; its mean is evaluated. Takes edp_iql.py's arguments; those of
+the diffusion have no effect.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import edp_iql as edp
+
+
+class Policy(edp.MLP):
+    """Mean actions (B, A) of states (B, S)."""
+
+    def __init__(self, obs_dim: int, act_dim: int) -> None:
+        super().__init__(obs_dim, act_dim)
+        self.act_dim = act_dim
+
+    def forward(self, s: Tensor) -> Tensor:
+        return super().forward(s).tanh()
+
+
+def reconstruct(diffusion: Any, policy: Policy, s: Tensor, a: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The regression's error and the action that it regresses, both (B, A)."""
+    mean = policy(s)
+    return (a - mean).square(), mean
+
+
+@torch.no_grad()
+def select_actions(diffusion: Any, policy: Policy, critic: Any, s: Tensor, *selection: Any) -> Tensor:
+    return policy(s)
+
+
+edp.Policy, edp.reconstruct, edp.select_actions = Policy, reconstruct, select_actions  # type: ignore[misc, assignment]
+
+if __name__ == "__main__":
+    flags = ["--exp-name", "iql", "--guidance-coef", "1", "--diffusion-coef", "0"]  # the weighted regression alone
+    edp.main(edp.parse_args([*flags, *sys.argv[1:]]))
