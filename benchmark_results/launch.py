@@ -1,6 +1,6 @@
 """Run a benchmark: runs go on where they were stopped, raw files are kept under benchmark_results/raw.
 
-python benchmark_results/launch.py edp_iql            # three seeds, two data sets, EDP-IQL and behaviour cloning
+python benchmark_results/launch.py edp_iql            # three seeds, two data sets; EDP-IQL, behaviour cloning, IQL
 python benchmark_results/launch.py edp_iql --jobs medium-expert   # only the jobs whose name contains this
 python benchmark_results/launch.py edis_sac           # one pre-trained agent per seed, which every variant goes on with
 python benchmark_results/launch.py edp_iql --env-ids hopper-medium-v2 walker2d-medium-v2 --updates 2000000
@@ -33,14 +33,19 @@ EDP_SETS = ("hopper-medium-expert-mini", "hopper-medium-replay-mini")
 SETS = dict.fromkeys(("edp_iql", "edp_crr", "edp_td3"), EDP_SETS)
 SETS["edis_sac"] = ("hopper-medium-mini", "hopper-medium-replay-mini")
 VARIANTS: dict[str, dict[str, list[str]]] = {
-    "edp_iql": {"edp_iql": [], "bc": ["--inverse-temperature", "0", "--eval-candidates", "1"]},
+    "edp_iql": {
+        "edp_iql": [],
+        "bc": ["--inverse-temperature", "0", "--eval-candidates", "1"],
+        "iql": ["--guidance-coef", "1", "--diffusion-coef", "0"],
+    },
     "edp_crr": {"edp_crr": []},
-    "edp_td3": {"edp_td3": []},
+    "edp_td3": {"edp_td3": [], "td3_bc": ["--eta", "2.5"]},
     "edis_sac": {
         **{name: ["--augmentation", name] for name in ("edis", "synther", "offline", "none")},
         **{f"edis_no_{name}": [f"--no-{name}-energy"] for name in ("state", "policy", "transition")},
     },
 }
+BASELINES = ("iql", "td3_bc")  # the variants with a file of their own
 KEPT = ("args.json", "evaluations.csv", "metrics.jsonl", "result.json", "diagnostics.json")
 
 
@@ -88,7 +93,7 @@ class Launcher:
         for i in range(args.workers):
             self.devices.put(f"cuda:{i % args.gpus}" if args.gpus and args.executor == "local" else "auto")
 
-    def train(self, work: Path, flags: list[str], pretrained: Path | None = None) -> tuple[int, Path]:
+    def train(self, work: Path, file: str, flags: list[str], pretrained: Path | None = None) -> tuple[int, Path]:
         """Start a run in `work`, or go on with the one there, or with a copy of `pretrained`; exit code and folder."""
         work.mkdir(parents=True, exist_ok=True)
         if pretrained and not any(work.glob("*/checkpoint.pt")):
@@ -99,7 +104,7 @@ class Launcher:
         try:
             if self.interrupted:
                 return 130, work
-            command = [sys.executable, str(ROOT / f"{self.args.script}.py"), *flags, "--device", device]
+            command = [sys.executable, str(ROOT / f"{file}.py"), *flags, "--device", device]
             line = f"{shlex.join(command)} >> {shlex.quote(str(work / 'log.txt'))} 2>&1"
             code = self.executor.submit(subprocess.call, line, shell=True).result()
             self.interrupted |= code == 130
@@ -125,7 +130,9 @@ class Launcher:
             return "done before"
         code, folder = agent.result() if agent else (0, None)
         if code == 0:
-            code, folder = self.train(work, flags, folder)
+            variant = name.split("__")[1]
+            file = f"benchmark_results/baselines/{variant}" if variant in BASELINES else self.args.script
+            code, folder = self.train(work, file, flags, folder)
         if code == 130:
             return "FAILED: interrupted; launch again to go on"
         if code not in (0, 3):
@@ -163,7 +170,7 @@ def main(args: Args) -> None:
                     shared = "__pretrained__".join(name.split("__")[::2])
                     offline = [*flags[:4], "--online-steps", "0"]
                     if shared not in agents:
-                        agents[shared] = pool.submit(launcher.train, args.runs_dir / shared, offline)
+                        agents[shared] = pool.submit(launcher.train, args.runs_dir / shared, "edis_sac", offline)
         futures = {
             pool.submit(launcher.run, name, flags, agents.get("__pretrained__".join(name.split("__")[::2]))): name
             for name, flags in jobs.items()
