@@ -94,3 +94,14 @@ def test_logged_metrics_are_documented(name):
     logged |= {f"losses/{key}" for key in re.findall(r'"(\w+)":', update)}
     assert len(logged) > 8
     assert not [metric for metric in logged if f"`{metric}`" not in readme]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_equations_are_where_the_readme_says(name):
+    """What the tables of paper and code name is defined in the section's script."""
+    section = next(x for x in (ROOT / "README.md").read_text().split("\n## ") if f"`{name}.py`\n" in x)
+    tables = re.findall(r"\| (?:paper|mathematics) \| code \|\n\|[-|]+\n((?:\|.*\n)+)", section)
+    cells = [row.rsplit(" | ", 1)[1] for table in tables for row in table.splitlines()]
+    named = {part for cell in cells for code in re.findall(r"`([\w.]+)`", cell) for part in code.split(".")}
+    defined = set(re.findall(r"(?:def|class) (\w+)", (ROOT / f"{name}.py").read_text()))
+    assert len(named) >= 5 and named - defined <= {"edp_iql", "py"}, named - defined
