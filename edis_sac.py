@@ -26,28 +26,28 @@ x = (s, a, s'). It splits by the chain rule of probability, at every sigma, into
     E2(a|s)     = log p_sigma(s, a) / q_sigma(s, a) - E1(s)
     E3(s'|s, a) = log p_sigma(s, a, s') / q_sigma(s, a, s') - E1(s) - E2(a|s)
 
-and so InfoNCE trains them: E1 by states, E1 + E2 by pairs with E1 held fixed, and E3 on top of an energy of pairs whose
-actions are those that the environment answered (`behavior`; the policy's new actions have no s' yet), both by all real
-transitions, as the dynamics are the same in them. The negatives of each positive are noised transitions that the
-unguided sampler went through. As sigma -> 0, E2 is log p(a|s) / pi(a|s) and E3 log p(s'|s, a) / T(s'|s, a), as in the
-paper. Above, negatives of the positive's own clean s, a ~ p_theta(a | s), are not enough: a noised s leaves open which
-s it was, and the noised a tells more, which such negatives cannot show.
+and so InfoNCE trains them: E1 by states, E1 + E2 by pairs with E1 held fixed, and E3 on top of an energy of the recent
+pairs (`behavior`), as the policy's new actions have no s' yet. The negatives of each positive are noised transitions
+that the unguided sampler went through. As sigma -> 0, E2 is log p(a|s) / pi(a|s) and E3 log p(s'|s, a) / T(s'|s, a), as
+in the paper. Above, negatives of the positive's own clean s, a ~ p_theta(a | s), are not enough: a noised s leaves open
+which s it was, and the noised a tells more, which such negatives cannot show. For the same reason E3 is exact there
+only as far as the policy is that of the recent transitions.
 
 Deviations:           paper                       published code (liuxhym/EDIS)       here
     negatives of E2   of the same s               a vector with zeros, of other       of the unguided sampler: pairs
     and E3            (and a)                     positives
     factor sigma      -                           missing                             as derived
-    energies' levels  every t                     one (state), two of another         every level of the sampler
-                                                  schedule (others)
+    energies' levels  every t                     one (state), two of another         all, the sampler's and those
+                                                  schedule (others)                   between
     network of E3     -                           an MLP                              an MLP and the residual of s'
-    scales lambda_i   -                           per data set, 0.01 to 2             1, which samples q
+    scales lambda_i   -                           per data set, 0.01 to 2             1, as derived
     guidance clip     -                           10 sqrt(D) of the gradient          of sigma times the gradient
     reward            known or learned            diffused                            learned, as is termination
-    positives         recent transitions          the whole online buffer             E1, E2: the last
-                                                                                      --positive-buffer; E3: all
+    positives         recent transitions          the whole online buffer             the last --positive-buffer
     denoiser's data   offline and online          the same                            half online, where they matter
     each round        -                           denoiser anew, 20 energy updates    denoiser goes on, 2000 updates
-    first round       -                           at the start                        after 1000 steps
+    first round       -                           at the start                        after 1000 steps, until then
+                                                                                      real offline data stand in
     CQL               -                           alpha by a Lagrange multiplier      fixed alpha
     activations       -                           ReLU                                Mish, as in the other scripts
 """
@@ -535,7 +535,8 @@ class Energies(nn.Module):
     """E1(s), E2(a|s), E3(s'|s, a) of noised x = (s, a, s') at sigma, and what E3 stands on.
 
     E3 sees the residual of s' from its learned mean, each dimension with a precision of its own: errors of a denoiser
-    that has learned the dynamics are too small for a plain network to find.
+    that has learned the dynamics are too small for a plain network to find. T is deterministic, and log p / T without
+    bound: what is learned counts errors below a floor of 0.03 less, and beyond five times the noise no more.
     """
 
     def __init__(self, obs_dim: int, act_dim: int, width: int) -> None:
@@ -589,7 +590,7 @@ class EDM:
         self, denoise: Callable[..., Tensor], x: Tensor, guidance: Guidance | None = None,
         visit: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Standard normal x (B, D) -> samples (B, D); `visit` is shown the noised x at each sigma_hat."""
+        """Standard normal x (B, D) -> samples (B, D); `visit` is shown the noised x at each sigma."""
 
         def derivative(x: Tensor, sigma: Tensor) -> Tensor:  # dx / dsigma
             d = (x - denoise(x, sigma)) / sigma
@@ -599,9 +600,9 @@ class EDM:
         for i, sigma_hat in enumerate(self.sigma_hat):
             sigma, sigma_next = self.sigma[i], self.sigma[i + 1]
             added = (sigma_hat.square() - sigma.square()).clamp(min=0).sqrt()
-            x = x + added * self.noise_scale * torch.randn_like(x)
             if visit is not None:
                 visit(i, x)
+            x = x + added * self.noise_scale * torch.randn_like(x)
             d = derivative(x, sigma_hat)
             x_next = x + (sigma_next - sigma_hat) * d
             if i + 1 < len(self.sigma_hat):  # Heun's correction, but for the step to sigma = 0
@@ -671,7 +672,7 @@ def energy_losses(
 ) -> list[tuple[Tensor, Tensor]]:
     """InfoNCE of E1, E1 + E2, pairs acted, and these + E3, with what each is trained on top of held fixed.
 
-    Noised at sigma (B,): real transitions (s, a, s') as acted (B, D), recent states with actions as chosen by the
+    Noised at sigma (B,): recent transitions (s, a, s') as acted (B, D), recent states with actions as chosen by the
     policy now (B, S + A), K unguided samples for each (B, K, D).
     """
     S, SA = energies.ends[:2]
@@ -815,7 +816,7 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
         with torch.no_grad():
             next_a, next_log_pi = actor(next_s, torch.randn_like(a))
             next_v = critic_target.min(next_s, next_a)
-            if not cql_alpha:  # CQL's and Cal-QL's code leave the entropy out of the target
+            if not args.cql_alpha:  # CQL's and Cal-QL's code leave the entropy out of the target, online too
                 next_v = next_v - alpha * next_log_pi
         q1, q2 = critic(s, a)
         qf1_loss, qf2_loss = critic_losses(q1, q2, r, mask, next_v, args.gamma)
@@ -909,24 +910,30 @@ class Round(NamedTuple):
             edm.sample(denoise, torch.randn_like(part[0]), visit=visit)
         return pool
 
-    def train_energies(self, x: Tensor, recent: Tensor, denoise: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """Train on positives of real transitions x (N, D) and recent ones (M, D); the accuracies by noise level."""
+    def train_energies(self, recent: Tensor, denoise: Callable[..., Tensor]) -> dict[str, Tensor]:
+        """Train with recent transitions (M, D) as positives; the accuracies by noise level."""
         args, edm, energies = self.args, self.edm, self.networks["energies"]
         (S, SA, D), B, device = energies.ends, args.energy_batch, recent.device
         pool = self.make_pool(denoise)
         parameters = [*energies.nets.parameters(), *energies.behavior.parameters()]  # the dynamics are learned before
         optimizer = torch.optim.Adam(parameters, lr=args.energy_lr, fused=device.type in ("cpu", "cuda"))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.energy_updates, 1))
+        upper = edm.sigma_hat.maximum(edm.sigma[:-1].roll(1))  # where the range of the level above begins
+        upper[0] = edm.sigma_hat[0]
         edges = torch.tensor([0.1, 1.0, 10.0], device=device)  # of sigma, for the accuracies
         hits, tries = torch.zeros(4, 4, device=device), torch.full((4,), 1e-9, device=device)
         for update in range(args.energy_updates):
             level = torch.randint(len(edm.sigma_hat), (B,), device=device)
-            sigma = edm.sigma_hat[level]
-            acted = x[torch.randint(len(x), (B,), device=device)] + sigma[:, None] * torch.randn(B, D, device=device)
+            low = edm.sigma[level]
+            sigma = low * (upper[level] / low) ** torch.rand(B, device=device)  # between the levels too
+            acted = recent[torch.randint(len(recent), (B,), device=device)]
+            acted = acted + sigma[:, None] * torch.randn(B, D, device=device)
             s = recent[torch.randint(len(recent), (B,), device=device), :S]
             chosen = torch.cat([s, self.policy(s)], dim=1)
             chosen = chosen + sigma[:, None] * torch.randn(B, SA, device=device)
             negatives = pool[level[:, None], torch.randint(args.pool, (B, args.negatives), device=device)]
+            added = (sigma.square() - low.square()).clamp(min=0).sqrt()[:, None, None]
+            negatives = negatives + added * torch.randn_like(negatives)
             losses, found = zip(*energy_losses(energies, acted, chosen, negatives, sigma), strict=True)
             optimizer.zero_grad()
             torch.stack(losses).sum().backward(inputs=parameters)
@@ -965,7 +972,8 @@ class Round(NamedTuple):
         state: energy distance of the states; policy: of the actions' quantiles under the policy in their states, from
         those of its own actions; dynamics: how far s' is from the environment's, per dimension and in standard
         deviations of the data, the mean over transitions and, led by the few that make or break contact, the root mean
-        square.
+        square. nearest: the median distance to the nearest other recent transition; far below that of real ones, the
+        denoiser copies.
         """
         S = self.networks["energies"].ends[0]
         s = x[:, :S]
@@ -976,6 +984,8 @@ class Round(NamedTuple):
                 return self.networks["actor"].distribution(s * self.std[:S] + self.mean[:S]).cdf(a.atanh())
 
         found = {"state": energy_distance(s, recent[torch.randint(len(recent), (len(s),), device=s.device), :S])}
+        apart = torch.cdist(x, recent, compute_mode="donot_use_mm_for_euclid_dist")  # exact: 0 is a row itself
+        found["nearest"] = apart.where(apart > 0, math.inf).amin(1).median()
         found["policy"] = energy_distance(quantiles(x[:, S:-S]), quantiles(self.policy(s)))
         if self.simulate:
             raw = x * self.std + self.mean
@@ -1005,7 +1015,7 @@ class Round(NamedTuple):
             args.transition_scale * args.transition_energy,
         )
         if args.augmentation == "edis" and any(scales):
-            metrics |= {f"energies/{name}": value for name, value in self.train_energies(x, recent, denoise[1]).items()}
+            metrics |= {f"energies/{name}": value for name, value in self.train_energies(recent, denoise[1]).items()}
             guidance = make_guidance(energies, scales, args.full_gradient, args.guidance_clip)
         begin = time.time()
         made = self.generate(args.samples, denoise[1], guidance)
@@ -1334,6 +1344,8 @@ def main(args: Args) -> dict[str, Any]:
     data = torch.as_tensor(np.column_stack([transitions, returns]), dtype=torch.float32, device=device)
     obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
     true_next = "next_observations" in columns  # else that of a terminal row is not the environment's
+    if not true_next:
+        print(f"warning: {source['file']} has no next_observations: no termination to learn from it", file=sys.stderr)
     del columns, transitions
     envs = make_envs(make_env, args)
     run = Run(args, source, device, saved)
@@ -1407,7 +1419,7 @@ def main(args: Args) -> dict[str, Any]:
         run.nothing_to_save = due  # a stop or a kill during a round: the resume makes it again
         if due and not run.stop:
             odds = args.online_share / (1 - args.online_share)  # of an online transition, by copies
-            copies = max(1, round(odds * len(diffused) / len(online)))
+            copies = max(1, math.ceil(odds * len(diffused) / len(online)))
             x = torch.cat([diffused, *[online.recent(len(online))] * copies])
             rows, found = make_round(x[:, :D], x[:, D], x[:, D + 1], online.recent(args.positive_buffer)[:, :D])
             synthetic.add(rows)
@@ -1424,11 +1436,11 @@ def main(args: Args) -> dict[str, Any]:
         if step >= args.offline_updates:
             interact()
         offline = step < args.offline_updates or len(online) < args.batch_size
-        share = 0 if args.augmentation == "none" or (generative and not len(synthetic)) else args.synthetic_ratio
+        share = 0 if args.augmentation == "none" else args.synthetic_ratio
         n = args.batch_size if offline else round(share * args.batch_size)
-        if generative and not offline:
-            batch = synthetic.sample(n) if n else data[:0]
-        else:
+        if generative and not offline and len(synthetic):
+            batch = synthetic.sample(n)
+        else:  # real offline data: before the first round for all
             batch = data[torch.randint(len(data), (n,), device=device)]
         if not offline:
             batch = torch.cat([batch, online.sample(args.batch_size - n)])

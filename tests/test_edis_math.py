@@ -1,5 +1,6 @@
 """EDIS against closed forms: sampler, guidance, energies, returns, SAC and CQL."""
 
+import copy
 import math
 
 import numpy as np
@@ -225,7 +226,7 @@ def trained():
     work = edis.Round(args, networks, edis.EDM(64, 80.0, CPU), torch.zeros(3), torch.ones(3), None)
     denoise = GaussianDenoiser([0.0] * 3, (P_ROOT @ P_ROOT.T).tolist())
     recent = Q_MEAN + torch.randn(8_000, 3) @ Q_ROOT.T
-    accuracies = work.train_energies(recent, recent, denoise)
+    accuracies = work.train_energies(recent, denoise)
     assert accuracies["state_accuracy_sigma_0.1"] > 0.15 and accuracies["state_accuracy_sigma_80"] < 0.15  # 1 / 11
     return work, denoise
 
@@ -260,6 +261,7 @@ def test_trained_energies_give_the_target(trained):
     e = whitened * torch.tensor([[0.5], [0.4], [0.3]])  # the links' own noise: s - 1, a - 0.4 s, s' - 0.8 s - 0.5 a
     assert (e.mean(1).abs() < 0.1).all()
     assert_close(e.std(1), torch.tensor([0.5, 0.4, 0.3]), atol=0.1, rtol=0)
+    assert_close(whitened.cov(), torch.eye(3), atol=0.2, rtol=0)  # slopes too
     x = work.generate(6_000, denoise, edis.make_guidance(work.networks["energies"], (1.0, 0.0, 0.0), True, 10.0))
     cov = x[:, :2].T.cov()
     assert cov[0, 1] / cov[0, 0] > 0.7  # the policy's 0.4 s is E2's doing
@@ -298,10 +300,10 @@ def test_the_learned_dynamics_show_errors_to_the_transition_energy(monkeypatch):
     def pool(self, denoise):
         off, _, _ = a_world(args.pool)
         off[:, 3:] += 0.1 * torch.randn(args.pool, 2)
-        return off + self.edm.sigma_hat[:, None, None] * torch.randn(32, args.pool, 5)
+        return off + self.edm.sigma[:-1, None, None] * torch.randn(32, args.pool, 5)
 
     monkeypatch.setattr(edis.Round, "make_pool", pool)
-    accuracies = work.train_energies(x, x[:8_000], None)
+    accuracies = work.train_energies(x[:8_000], None)
     assert accuracies["transition_accuracy_sigma_0.1"] > 0.4  # by chance 1 / 11
     assert max(accuracies[f"{name}_accuracy_sigma_0.1"] for name in ("state", "policy", "behavior")) < 0.15
 
@@ -312,7 +314,7 @@ def test_the_pool_has_its_levels_noise():
     pool = work.make_pool(GaussianDenoiser([0.0] * 3, COV))
     assert pool.shape == (64, 3_000, 3)
     for level in (25, 40, 63):
-        variance = work.edm.sigma_hat[level] ** 2
+        variance = work.edm.sigma[level] ** 2
         expected = torch.tensor(COV) + variance * torch.eye(3)
         assert_close(pool[level].T.cov(), expected, rtol=0, atol=0.12 * (1 + variance.item()))
 
@@ -393,7 +395,8 @@ def a_batch(B=64):
 def test_sac_update(cql_alpha):
     """Targets r + gamma mask (min Q'(s', a') - alpha log pi), no entropy beside CQL; target rate; the actor's way."""
     batch, minus_infinity = a_batch(), torch.full((64,), -math.inf)
-    update, networks = agent(Recorder(2.0), Recorder(5.0, slope=3.0), gamma=0.9, tau=0.1, cql_actions=1)
+    flags = {"gamma": 0.9, "tau": 0.1, "cql_actions": 1, "cql_alpha": cql_alpha}
+    update, networks = agent(Recorder(2.0), Recorder(5.0, slope=3.0), **flags)
     networks["temperature"]["log_alpha"].data.fill_(math.log(0.5))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -403,6 +406,7 @@ def test_sac_update(cql_alpha):
     losses = update(*batch, minus_infinity, cql_alpha)
     assert_close(losses["losses/qf1_loss"], (2 - target).square().mean())
     assert_close(losses["losses/qf2_loss"], (3 - target).square().mean())
+    assert -1 < losses["losses/entropy"] < 1 and networks["temperature"]["log_alpha"] < math.log(0.5)  # target -A = -1
     level = networks["critic"].level.item()
     assert level > 2 and abs(networks["critic_target"].level.item() - (5 + 0.1 * (level - 5))) < 1e-5
 
@@ -411,6 +415,21 @@ def test_sac_update(cql_alpha):
     for _ in range(3):
         update(*batch, minus_infinity, cql_alpha)
     assert (networks["actor"].mode(batch[0]) - before).mean() > 0.2  # larger actions are better
+
+
+def test_cql_is_in_the_critics_loss():
+    """Its gradient, in proportion to its coefficient: Q of the data's actions, above 0 here, up against all others'."""
+    batch, gradients = a_batch(2_000), []
+    for cql_alpha in (0.0, 2.0, 4.0):
+        torch.manual_seed(0)
+        critic = Recorder(0.0)
+        critic.slope = torch.nn.Parameter(torch.tensor(0.0))
+        update, _ = agent(critic, copy.deepcopy(critic), calibrate=False)
+        update(*batch, torch.full((2_000,), -math.inf), cql_alpha)
+        gradients.append(critic.slope.grad.item())
+    mean = batch[1].mean().item()
+    assert gradients[1] - gradients[0] == pytest.approx(-2 * 2 * mean, abs=0.4)  # two critics
+    assert gradients[2] - gradients[0] == pytest.approx(2 * (gradients[1] - gradients[0]), rel=1e-3)
 
 
 @pytest.mark.parametrize("calibrate", [True, False])
@@ -456,6 +475,8 @@ def test_distances():
         a, _ = networks["actor"](s, torch.randn(3_000, 1))
     recent = work.normalize(torch.cat([s, a, s + a], dim=1))
     right = work.distances(recent, recent)
+    copies = work.distances(recent + 1e-4, recent)["nearest"]
+    assert 0 < copies < 0.1 * right["nearest"] and right["nearest"] < 0.2
     assert abs(right["state"]) < 0.02 and abs(right["policy"]) < 0.02 and right["dynamics"] < 1e-5
     for column, name in enumerate(("state", "policy", "dynamics")):
         wrong = recent.clone()
