@@ -3,6 +3,7 @@
 # dependencies = [
 #     "torch==2.13.0", "numpy==2.2.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "h5py==3.16.0", "pooch==1.9.0",
 #     "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0", "wandb==0.31.0", "moviepy==2.2.1",
+#     "filelock==3.32.7",
 # ]
 # ///
 """EDP-CRR: an efficient diffusion policy trained by critic-regularised regression.
@@ -43,6 +44,7 @@ import ctypes
 import dataclasses
 import difflib
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -54,6 +56,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -62,6 +65,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
+import filelock
 import gymnasium as gym
 import h5py
 import numpy as np
@@ -176,7 +180,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Command line > checkpoint (with --resume) > preset > default."""
     argv = sys.argv[1:] if argv is None else argv
     given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
-    saved = load_checkpoint(given.resume)["args"] if given.resume else {}
+    saved = load_checkpoint(given.resume)["args"] if given.resume is not None else {}
     defaults = {**PRESETS.get(given.env_id, {}), "env_id": given.env_id, **saved, "resume": given.resume}
     args = tyro.cli(Args, args=argv, default=Args(**defaults))
     for name in saved.keys() - RESUMABLE:
@@ -242,7 +246,7 @@ def read_hdf5(path: Path) -> Columns:
     """Read and check a file in D4RL's layout. OSError: missing, not HDF5, truncated; ValueError: bad content."""
     try:
         with h5py.File(path, "r") as file:
-            columns = {key: file[key][()] for key in KEYS if isinstance(file.get(key), h5py.Dataset)}
+            columns = {key: np.asarray(file[key][()]) for key in KEYS if isinstance(file.get(key), h5py.Dataset)}
     except Exception as error:  # a damaged file can raise anything
         raise OSError(f"cannot be read as HDF5: {error}") from error
     return check(columns)
@@ -255,11 +259,11 @@ def check(columns: Columns) -> Columns:
         raise ValueError(f"no {', '.join(missing)}")
     for key, column in columns.items():
         expected = (len(columns["rewards"]), *columns["observations" if "obs" in key else key].shape[1:])
-        if column.shape != expected or column.ndim != (2 if "obs" in key or key == "actions" else 1) or not len(column):
+        if column.shape != expected or column.ndim != (2 if "obs" in key or key == "actions" else 1) or not column.size:
             raise ValueError(f"{key} has shape {column.shape} for {len(columns['rewards'])} rewards")
         if column.dtype.kind not in "fiub" or not (np.abs(column.astype(np.float64)) < 1e8).all():
             raise ValueError(f"{key} has values that are not finite numbers below 1e8")
-    if (largest := np.abs(columns["actions"]).max()) > 1.001:
+    if (largest := np.abs(columns["actions"].astype(np.float64)).max()) > 1.001:
         raise ValueError(f"actions reach {largest:.4g}, expected [-1, 1]")
     return columns
 
@@ -268,7 +272,7 @@ def download_d4rl(name: str) -> Path:
     """Path of a D4RL file in D4RL_DATASET_DIR (default ~/.d4rl/datasets), downloaded where it is missing."""
     import pooch
 
-    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+    folder = Path(os.path.expanduser(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"))
     errors = []
 
     def download(url: str, output: Any, fetcher: Any) -> None:
@@ -330,6 +334,8 @@ def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple
         close = difflib.get_close_matches(args.env_id, BUNDLED_IDS + D4RL_IDS, n=3, cutoff=0.0)
         fail(f"unknown --env-id {args.env_id}; close to it: {', '.join(close)}; for your own data give --dataset-path")
     try:
+        if not path.is_file():
+            raise OSError("not a file")
         columns = read_hdf5(path)
         source = {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     except (OSError, ValueError) as error:
@@ -349,6 +355,8 @@ def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple
         for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
             if columns[key].shape[1:] != space.shape:
                 fail(f"{path}: {key} {columns[key].shape[1:]} do not fit {gym_id}'s {space.shape}: is --env-id right?")
+        if not isinstance(space, gym.spaces.Box) or (space.low != -1).any() or (space.high != 1).any():
+            fail(f"{gym_id}: actions must be a Box from -1 to 1, as the data's; rescale both (RescaleAction)")
         if "timeouts" not in columns and env.spec and env.spec.max_episode_steps:
             columns["timeouts"] = timeouts_by_limit(columns["terminals"].astype(bool), env.spec.max_episode_steps)
         env.close()
@@ -380,7 +388,8 @@ def make_transitions(columns: Columns, args: Args, limit: int = 1_000) -> tuple[
     if args.reward_transform == "return-range":
         starts = np.flatnonzero(np.append(True, (terminals | timeouts)[:-1]))
         returns = np.add.reduceat(rewards.astype(np.float64), starts)
-        transform = transform._replace(reward_scale=1_000 / (float(np.ptp(returns)) or 1_000))
+        spread = float(np.ptp(returns))  # equal but for rounding: as they are
+        transform = transform._replace(reward_scale=1_000 / spread if spread > 1e-6 * np.abs(returns).max() else 1.0)
     elif args.reward_transform == "minus-one":
         transform = transform._replace(reward_shift=-1.0)
     elif args.reward_transform == "times-four":
@@ -720,7 +729,7 @@ def select_actions(
     noise = torch.randn(diffusion.draws, len(s), policy.act_dim, generator=generator, device=s.device)
     a = diffusion.sample(policy, s, noise).clamp(-1, 1)
     q = critic.min(s, a).view(-1, candidates)
-    choice = torch.multinomial(q.softmax(dim=1), 1, generator=generator)[:, 0]
+    choice = torch.multinomial(q.nan_to_num().softmax(dim=1), 1, generator=generator)[:, 0]
     return a.view(len(q), candidates, -1)[torch.arange(len(q), device=s.device), choice]
 
 
@@ -744,10 +753,22 @@ def evaluate(act: Callable, envs: list[gym.Env], seeds: list[int], stop: list[in
 
 
 # ----------------------------------------------------------------------------------------------------------- Run files
+def say(*lines: object) -> None:
+    """Print; a reader that went away (`| head`) does not end the run."""
+    try:
+        print(*lines, sep="\n  ", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def load_checkpoint(path: str) -> dict[str, Any]:
     """The checkpoint of a run folder, or that file; exit 2 if there is none."""
-    file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
     try:
+        file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+        if file.name != "checkpoint.pt":
+            raise ValueError("a run folder or its checkpoint.pt, since the folder is gone on with")
+        if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not look
+            raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         Args(**checkpoint["args"])  # KeyError, TypeError: not of this script, or of another version
         return {**checkpoint, "run_dir": str(file.parent)}
@@ -778,14 +799,21 @@ class Run:
     def __init__(self, args: Args, source: dict[str, str], device: torch.device, saved: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
+        self.exits = ExitStack()  # leaves loggers, terminal, signal handlers and lock as they were
         self.args, self.source, self.device, self.saved = args, source, device, saved
         self.dir = Path(saved["run_dir"]) if saved else self.make_dir()
         times = {"train": 0.0, "eval": 0.0, "save": 0.0}
         self.progress = saved.get("progress", {"step": 0, "evaluations": {}, "times": times})
+        try:
+            self.exits.callback(filelock.FileLock(self.dir / ".lock").acquire(timeout=0).lock.release)
+        except filelock.Timeout:
+            fail(f"{self.dir} is in use by another process")
+        except (OSError, NotImplementedError) as error:  # a file system without locks, a full disk
+            print(f"warning: {self.dir} not locked: {error}", file=sys.stderr)
         for path in (self.dir / "metrics.jsonl", self.dir / "evaluations.csv"):
             if path.exists():  # forget what a killed run logged after its checkpoint: it will come again
                 rows = re.findall(r"([^\d\n]*(\d*).*\n)", path.read_text())  # whole rows, their first number: the step
-                path.write_text("".join(row for row, step in rows if int(step or 0) <= self.step))
+                self.replace(path.name, "".join(row for row, step in rows if int(step or 0) <= self.step))
         about = describe(args, source, device)
         before: dict[str, Any] = {}
         with suppress(OSError, ValueError):  # a resume: what the run began with stays in the file
@@ -794,10 +822,9 @@ class Run:
         if changed := {name: value for name, value in before.items() if name != "args" and value != about.get(name)}:
             about["resumed_from"].append(changed)
             print(f"warning: the run began with {changed}; see {self.dir}/args.json", file=sys.stderr)
-        (self.dir / "args.json").write_text(json.dumps(about, indent=1) + "\n")
+        self.replace("args.json", json.dumps(about, indent=1) + "\n")
         arguments = (f"{name} = {entry['value']} ({entry['source']})" for name, entry in about["args"].items())
-        print(self.dir, *arguments, sep="\n  ", flush=True)
-        self.exits = ExitStack()  # leaves loggers, terminal and signal handlers as they were
+        say(self.dir, *arguments)
         if args.track:
             import wandb
 
@@ -808,8 +835,9 @@ class Run:
                 wandb.init(**options, id=self.dir.name, resume="allow", sync_tensorboard=True)
             except Exception as error:  # the run folder has everything too
                 print(f"warning: not logged to Weights & Biases: {error}", file=sys.stderr)
-        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
-        self.exits.callback(self.writer.close)
+        self.writer: Any = None
+        self.open_writer = partial(SummaryWriter, str(self.dir), purge_step=self.step + 1)
+        self.exits.callback(self.close_writer)
         self.bar = tqdm(total=args.num_updates, initial=self.step, disable=not sys.stderr.isatty(), unit="update")
         self.exits.callback(self.bar.close)
         self.stop: list[int] = []  # signals that came
@@ -825,12 +853,13 @@ class Run:
     def make_dir(self) -> Path:
         """A new folder RUNS_DIR/{env_id}__{exp_name}__{seed}__{timestamp}."""
         stamp = time.time_ns() // 1_000_000  # ms: two runs that start in the same second
-        name = f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}__{stamp}".replace("/", "_")
+        name = re.sub(r"[/\s]", "_", f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}__{stamp}")
         try:
             (path := Path(self.args.runs_dir) / name).mkdir(parents=True)
+            str(path).encode()
             return path
-        except OSError as error:
-            fail(f"--runs-dir: {error}")
+        except (OSError, UnicodeEncodeError) as error:
+            fail(f"the run's folder, of --runs-dir and --exp-name: {error}")
 
     def on_signal(self, signum: int, frame: Any) -> None:
         """Let the loop save and end; the same signal again ends the process at once."""
@@ -860,17 +889,39 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
             print(f"warning: {what} not written at update {self.step}: {error}", file=sys.stderr)
 
+    def append(self, name: str, text: str) -> None:
+        """Add whole rows or none."""
+        with self.tolerate(name), open(self.dir / name, "ab", buffering=0) as file:
+            end, data = file.tell(), text.encode()
+            if (file.write(data) or 0) < len(data):
+                file.truncate(end)
+                raise OSError("no space left")
+
+    def replace(self, name: str, text: str) -> None:
+        """Write beside, then replace: a kill or a full disk leaves the file that was there."""
+        temporary = self.dir / f"{name}.tmp"
+        with self.tolerate(name):
+            temporary.write_text(text)
+            os.replace(temporary, self.dir / name)
+        temporary.unlink(missing_ok=True)
+
+    def close_writer(self) -> None:
+        with self.tolerate("TensorBoard events"):
+            if self.writer:
+                self.writer.close()
+
     def write(self, values: dict[str, float]) -> None:
         """A row to metrics.jsonl, TensorBoard and a plain line; wandb reads TensorBoard's."""
         row = {"step": self.step, "time": round(sum(self.progress["times"].values()), 2), **values}
-        with self.tolerate("metrics"), open(self.dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        with self.tolerate("TensorBoard events"):
+        self.append("metrics.jsonl", json.dumps(row) + "\n")
+        with self.tolerate("TensorBoard events"):  # its writer does not survive a failure: then the next row opens one
+            writer, self.writer = self.writer or self.open_writer(), None
             for name, value in values.items():
-                self.writer.add_scalar(name, value, self.step)
+                writer.add_scalar(name, value, self.step)
+            self.writer, self.open_writer = writer, partial(self.open_writer, purge_step=None)
         if self.bar.disable:
             charts = ", ".join(f"{name[7:]} {value:.1f}" for name, value in values.items() if "charts/" in name)
-            print(f"update {self.step}/{self.args.num_updates}: {charts}", flush=True)
+            say(f"update {self.step}/{self.args.num_updates}: {charts}")
 
     def log(self, metrics: dict[str, Tensor]) -> None:
         """Log the last update, once; exit 3 if a value is not finite, with the last checkpoint as it was."""
@@ -884,7 +935,7 @@ class Run:
         self.lap_start = (self.step, train)
         self.write(values)
         if diverged := [name for name, value in values.items() if not math.isfinite(value)]:
-            (self.dir / "diagnostics.json").write_text(json.dumps({"step": self.step, **values}, indent=1) + "\n")
+            self.replace("diagnostics.json", json.dumps({"step": self.step, **values}, indent=1) + "\n")
             print(f"diverged at update {self.step}: {', '.join(diverged)} not finite, see {self.dir}", file=sys.stderr)
             self.exits.close()
             raise SystemExit(3)
@@ -896,11 +947,11 @@ class Run:
             row["step"] = self.step
             if reference:
                 row["normalized_score"] = 100 * (row["return"] - reference[0]) / (reference[1] - reference[0])
-        with self.tolerate("evaluation"), open(self.dir / "evaluations.csv", "a", newline="") as file:
-            table = csv.DictWriter(file, columns, lineterminator="\n")
-            if file.tell() == 0:
-                table.writeheader()
-            table.writerows(episodes)
+        table = csv.DictWriter(text := io.StringIO(), columns, lineterminator="\n")
+        if not (self.dir / "evaluations.csv").exists():
+            table.writeheader()
+        table.writerows(episodes)
+        self.append("evaluations.csv", text.getvalue())
         names = {"return": "episodic_return", "length": "episodic_length", "normalized_score": "normalized_score"}
         mean = {key: float(np.mean([row[key] for row in episodes])) for key in names if key in episodes[0]}
         self.lap("eval")
@@ -941,15 +992,18 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Write and return the result: last, mean of the last ten (the paper's RAT) and best (its OMS) evaluation."""
         times = self.progress["times"]
-        result = {"updates": self.step, "updates_per_second": self.step / times["train"], "run_dir": str(self.dir)}
+        result = {
+            "updates": self.step,
+            "updates_per_second": self.step / max(times["train"], 1e-9),
+            "run_dir": str(self.dir),
+        }
         for name in ("return", "normalized_score"):
             v = [mean[name] for mean in self.progress["evaluations"].values() if name in mean]
             result[name] = {"last": v[-1], "mean_of_last_10": float(np.mean(v[-10:])), "best": max(v)} if v else None
         result |= {"wall_time": sum(times.values()), "evaluation_time": times["eval"]}
-        with self.tolerate("result.json"):
-            (self.dir / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        self.replace("result.json", json.dumps(result, indent=1) + "\n")
         self.exits.close()
-        print(json.dumps(result, indent=1))
+        say(json.dumps(result, indent=1))
         return result
 
 
@@ -968,7 +1022,8 @@ def set_up(args: Args) -> torch.device:
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
-    except (RuntimeError, AssertionError) as error:
+        torch.Generator(device)
+    except Exception as error:  # every backend has its own kind
         fail(f"--device {args.device}: {str(error).splitlines()[0]}")
     torch.set_num_threads(args.num_threads)
     if sys.platform == "linux":  # keep freed activations: glibc gives them back, and each update faults them in anew
@@ -984,10 +1039,12 @@ def main(args: Args) -> dict[str, Any]:
     device = set_up(args)
 
     # Data and environments
-    saved = load_checkpoint(args.resume) if args.resume else {}
+    saved = load_checkpoint(args.resume) if args.resume is not None else {}
     columns, make_env, reference, source = load_task(args)
     if saved and saved["dataset"].get("sha256") != source.get("sha256"):
         fail(f"{source['file']} is not the data that the resumed run was trained on")
+    if saved and saved["progress"]["step"] > args.num_updates:
+        fail(f"--num-updates {args.num_updates}: the run is at update {saved['progress']['step']} already")
     transitions, transform = make_transitions(columns, args)
     if not len(transitions):
         fail(f"{source['file']} holds no transition: D4RL's rule drops timeout rows and the last one")
@@ -996,9 +1053,9 @@ def main(args: Args) -> dict[str, Any]:
     del columns, transitions
     envs = make_envs(make_env, args) if make_env else []
     run = Run(args, source, device, saved)
-    print(f"{len(data)} transitions of {source['file']} on {device}")
+    say(f"{len(data)} transitions of {source['file']} on {device}")
     if not envs:
-        print(f"no environment is known for {args.env_id}: training without evaluation")
+        say(f"no environment is known for {args.env_id}: training without evaluation")
     elif args.capture_video:
         options: dict[str, Any] = {
             "episode_trigger": lambda _: True,

@@ -129,6 +129,46 @@ def test_not_a_data_file(script, tmp_path, capsys, content):
     assert "bad.hdf5" in error_of(capsys, lambda: script.load_task(args_of(script, dataset_path=str(path))))
 
 
+def test_what_is_no_file(script, tmp_path, capsys):
+    """A pipe would make the reader wait."""
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a file" in error_of(capsys, lambda: script.load_task(args_of(script, dataset_path=f"{tmp_path}/pipe")))
+
+
+def test_odd_columns(script, tmp_path):
+    """Scalars, empty data spaces, no dimension."""
+    for key in ("observations", "actions", "timeouts"):
+        for value in ("text", h5py.Empty("f4"), np.zeros((600, 0))):
+            path = write_hdf5(tmp_path / "odd.hdf5", make_columns())
+            with h5py.File(path, "r+") as file:
+                del file[key]
+                file[key] = value
+            with pytest.raises(ValueError, match=key):
+                script.read_hdf5(path)
+    columns = make_columns()
+    columns["actions"] = np.full((600, 3), -128, np.int8)
+    with pytest.raises(ValueError, match="actions reach 128"):
+        script.check(columns)
+
+
+def test_equal_returns_are_not_stretched(script):
+    """But for rounding: their range would be a millionth of a millionth."""
+    columns = make_columns(rows=600)
+    columns["terminals"][:], columns["timeouts"][:] = False, False
+    columns["timeouts"][99::100] = True
+    rewards = np.random.default_rng(0).random(100)
+    columns["rewards"] = np.concatenate([np.random.default_rng(i).permutation(rewards) for i in range(6)])
+    _, transform = script.make_transitions(columns, args_of(script, reward_transform="return-range"))
+    assert transform.reward_scale == 1
+
+
+def test_action_bounds(script, tmp_path, capsys):
+    """Pendulum's torque reaches 2."""
+    path = write_hdf5(tmp_path / "own.hdf5", make_columns(obs_dim=3, act_dim=1))
+    args = args_of(script, env_id="Pendulum-v1", dataset_path=str(path))
+    assert "from -1 to 1" in error_of(capsys, lambda: script.load_task(args))
+
+
 def test_wrong_environment(script, hopper_file, capsys):
     args = args_of(script, env_id="walker2d-medium-v2", dataset_path=str(hopper_file))
     line = error_of(capsys, lambda: script.load_task(args))

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -13,8 +14,10 @@ import subprocess
 import sys
 import time
 import typing
+from functools import partial
 from typing import Literal
 
+import filelock
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -255,6 +258,7 @@ def test_resume_is_exact(run, script, monkeypatch, killed_at):
 
     def dying_log(self, metrics):
         if self.progress["step"] >= killed_at:
+            self.exits.close()  # as the end of the process lets the run folder go
             raise Killed
         log(self, metrics)
 
@@ -285,6 +289,28 @@ def test_resume_refuses_other_settings_and_data(run, script, tmp_path, capsys):
         assert "--resume" in error_of(capsys, lambda: parse(script, "--resume", bad))  # noqa: B023
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
     assert "--resume" in error_of(capsys, lambda: parse(script, "--resume", tmp_path / "other.pt"))
+
+
+def test_resume_refuses_what_it_would_spoil(run, script, tmp_path, capsys):
+    """A damaged checkpoint, one that is not in a run folder, a run that somebody else goes on with, one further on."""
+
+    def refused(path, *flags):
+        return error_of(capsys, lambda: script.main(parse(script, "--resume", path, *flags)))
+
+    folder = script.Path(run()["run_dir"])
+    assert "already" in refused(folder, "--num-updates", 4)
+    shutil.copy(folder / "checkpoint.pt", tmp_path / "backup.pt")
+    assert "checkpoint.pt" in refused(tmp_path / "backup.pt")
+    assert "--resume" in refused("")
+    with filelock.FileLock(folder / ".lock"):
+        other = start(script.__name__, tmp_path, "--resume", str(folder))
+        _, err = other.communicate()
+        assert other.returncode == 2 and "in use by another process" in err
+    content = bytearray((folder / "checkpoint.pt").read_bytes())
+    for i in range(len(content) // 2, len(content) // 2 + 200):
+        content[i] ^= 255
+    (folder / "checkpoint.pt").write_bytes(content)
+    assert "damaged" in refused(folder)
 
 
 class Malicious:
@@ -349,7 +375,37 @@ def test_full_disk_costs_rows_not_the_run(run, monkeypatch, capsys):
 
     monkeypatch.setattr(builtins, "open", full)
     assert run()["updates"] == 6
-    assert "warning: metrics not written at update 2" in capsys.readouterr().err
+    assert "warning: metrics.jsonl not written at update 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", [0, 1_000])
+def test_full_disk_from_the_start(run, script, tmp_path, hopper_file, limit):
+    """No file grows beyond `limit` bytes: a new run ends well, a resumed one loses no row, no half row stays."""
+    done = run()["run_dir"]
+    kept = {name: (script.Path(done) / name).read_text() for name in ("metrics.jsonl", "evaluations.csv")}
+    data = ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file), "--runs-dir", str(tmp_path / "new")]
+    more = [f"--{'online-steps' if script.__name__ == 'edis_sac' else 'num-updates'}", "9"]
+    for flags in ([*flags_of(script, [*fast(script).split(), *data])], ["--resume", done, *more]):
+        command = [sys.executable, "-B", str(ROOT / f"{script.__name__}.py"), *flags]
+        prepare = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+        process = subprocess.run(command, capture_output=True, text=True, preexec_fn=prepare, cwd=tmp_path)
+        assert process.returncode == 0 and "warning: checkpoint not written" in process.stderr, process.stderr
+    for name, text in kept.items():
+        assert (script.Path(done) / name).read_text().startswith(text)
+    (new,) = (tmp_path / "new").iterdir()
+    if (new / "metrics.jsonl").exists():
+        assert all(row["step"] for row in rows_of(new / "metrics.jsonl"))
+
+
+def test_a_reader_that_goes_away(tmp_path, hopper_file, script):
+    """python script.py | head -1"""
+    data = ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file)]
+    process = start(script.__name__, tmp_path, *flags_of(script, [*fast(script).split(), *data]))
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait() == 0 and "BrokenPipe" not in err
+    assert list((tmp_path / "runs").glob("*/result.json"))
 
 
 def test_stop_during_an_evaluation(run, script, monkeypatch):
@@ -511,9 +567,9 @@ def test_nothing_is_written_elsewhere(run, script, tmp_path, monkeypatch):
     """Names cannot leave the runs folder; MuJoCo writes no log of its own."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    run("--exp-name", "../../outside")
+    run("--exp-name", "../..\n/outside")
     (folder,) = (tmp_path / "runs").iterdir()
-    assert ".._.._outside" in folder.name
+    assert ".._..__outside" in folder.name
     core = gym.make("Hopper-v4").unwrapped
     core.set_state(np.full(6, np.nan), np.zeros(6))
     with pytest.warns(UserWarning, match="MuJoCo: Nan"):
@@ -546,6 +602,7 @@ BAD = {
     "--num-updates": 0, "--batch-size": -1, "--lr": "nan", "--gamma": 1.5, "--expectile": -0.1,
     "--diffusion-steps": 20, "--sampler-steps": 31, "--device": "nonsense", "--seed": -1, "--runs-dir": "/dev/null/x",
     "--temperature": 0, "--online-steps": -1, "--denoiser-lr": 0, "--synthetic-ratio": 2, "--sampling-steps": 1,
+    "--exp-name": "\udcff",
     "--advantage-samples": 0, "--max-q-top-k": 11, "--eta": "inf", "--policy-target-every": 0, "--weight-cap": 0,
 }  # fmt: skip
 
