@@ -635,7 +635,7 @@ def test_command_line(name, tmp_path):
     begin = time.time()
     env_id, flag = ("hopper-medium-mini", "--actor-lr") if name == "edis_sac" else ("walker2d-medium-v2", "--lr")
     out, _ = (process := start(name, tmp_path, "--env-id", env_id, "--help")).communicate()
-    assert process.returncode == 0 and time.time() - begin < 15
+    assert process.returncode == 0 and time.time() - begin < 30  # 3 on an idle machine
     assert re.search(rf"{flag} FLOAT[^-]*default: 0.0003\)", out)
     for flags in (["--nonsense"], ["--seed", "x"], ["--compile", "perhaps"]):
         _, err = (process := start(name, tmp_path, *flags)).communicate()
