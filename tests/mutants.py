@@ -34,7 +34,7 @@ MUTANTS = {  # name: (script, original, mutant)
         "diffusion_loss = error.sum()",
     ),
     "step off by one in the solver": ("edp_iql.py", "table(K * t - 1)", "table(K * t)"),
-    "selection by exp(-Q)": ("edp_iql.py", "q.softmax(dim=1)", "(-q).softmax(dim=1)"),
+    "selection by exp(-Q)": ("edp_iql.py", "q.nan_to_num().softmax(dim=1)", "(-q).softmax(dim=1)"),
     "sine before cosine": ("edp_iql.py", "[angles.cos(), angles.sin()]", "[angles.sin(), angles.cos()]"),
     "CRR: advantage against a_hat^0 alone": ("edp_crr.py", "(a_hat_0 + z)", "(a_hat_0 + 0 * z)"),
     "CRR: sign of the advantage": (
@@ -116,11 +116,10 @@ MUTANTS = {  # name: (script, original, mutant)
         "[*model.parameters(), *energies.dynamics.parameters()], ene",
         "[*model.parameters()], ene",
     ),
-    "EDIS: positives without noise": (
-        "edis_sac.py",
-        "(B,), device=device)] + sigma[:, None] *",
-        "(B,), device=device)] + 0 *",
-    ),
+    "EDIS: positives without noise": ("edis_sac.py", "acted = acted + sigma[:, None] *", "acted = acted + 0 *"),
+    "EDIS: CQL not in the loss": ("edis_sac.py", "qf1_loss + qf2_loss + cql_alpha * cql_loss", "qf1_loss + qf2_loss"),
+    "EDIS: target entropy A": ("edis_sac.py", "log_pi, -a.shape[1]", "log_pi, a.shape[1]"),
+    "EDIS: negatives with too little noise": ("edis_sac.py", "negatives + added *", "negatives + 0 *"),
     "EDIS: clip of the gradient itself": ("edis_sac.py", "math.sqrt(x.shape[1]) / sigma", "math.sqrt(x.shape[1])"),
     "EDIS: old actions for E2": ("edis_sac.py", "torch.cat([s, self.policy(s)]", "torch.cat([s, 0.8 * s]"),
     "EDIS: policy not normalised": (
