@@ -855,8 +855,8 @@ class Run:
         stamp = time.time_ns() // 1_000_000  # ms: two runs that start in the same second
         name = re.sub(r"[/\s]", "_", f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}__{stamp}")
         try:
-            (path := Path(self.args.runs_dir) / name).mkdir(parents=True)
-            str(path).encode()
+            str(path := Path(self.args.runs_dir) / name).encode()  # TensorBoard's limit
+            path.mkdir(parents=True)
             return path
         except (OSError, UnicodeEncodeError) as error:
             fail(f"the run's folder, of --runs-dir and --exp-name: {error}")
@@ -948,7 +948,8 @@ class Run:
             if reference:
                 row["normalized_score"] = 100 * (row["return"] - reference[0]) / (reference[1] - reference[0])
         table = csv.DictWriter(text := io.StringIO(), columns, lineterminator="\n")
-        if not (self.dir / "evaluations.csv").exists():
+        path = self.dir / "evaluations.csv"
+        if not (path.exists() and path.stat().st_size):
             table.writeheader()
         table.writerows(episodes)
         self.append("evaluations.csv", text.getvalue())
@@ -992,11 +993,7 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """Write and return the result: last, mean of the last ten (the paper's RAT) and best (its OMS) evaluation."""
         times = self.progress["times"]
-        result = {
-            "updates": self.step,
-            "updates_per_second": self.step / max(times["train"], 1e-9),
-            "run_dir": str(self.dir),
-        }
+        result = {"updates": self.step, "updates_per_second": self.step / times["train"], "run_dir": str(self.dir)}
         for name in ("return", "normalized_score"):
             v = [mean[name] for mean in self.progress["evaluations"].values() if name in mean]
             result[name] = {"last": v[-1], "mean_of_last_10": float(np.mean(v[-10:])), "best": max(v)} if v else None

@@ -378,6 +378,21 @@ def test_full_disk_costs_rows_not_the_run(run, monkeypatch, capsys):
     assert "warning: metrics.jsonl not written at update 2" in capsys.readouterr().err
 
 
+def test_evaluations_have_their_header_after_a_full_disk(run, script, tmp_path, monkeypatch):
+    """A first row that failed leaves an empty file."""
+    append, failed = script.Run.append, []
+
+    def full(self, name, text):
+        if name == "evaluations.csv" and not failed:
+            failed.append((self.dir / name).touch())
+        else:
+            append(self, name, text)
+
+    monkeypatch.setattr(script.Run, "append", full)
+    lines = (script.Path(run()["run_dir"]) / "evaluations.csv").read_text().splitlines()
+    assert lines[0].startswith("step,episode") and len(lines) == 3
+
+
 @pytest.mark.parametrize("limit", [0, 1_000])
 def test_full_disk_from_the_start(run, script, tmp_path, hopper_file, limit):
     """No file grows beyond `limit` bytes: a new run ends well, a resumed one loses no row, no half row stays."""
