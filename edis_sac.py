@@ -445,18 +445,19 @@ def make_transitions(columns: Columns, args: Args, limit: int = 1_000) -> tuple[
 
 # ------------------------------------------------------------------------------------------------------------ Networks
 class Mish(torch.autograd.Function):
-    """x tanh(softplus(x)) = x (2 / (1 + (1 - p)^2) - 1) with p = sigmoid(x): nn.Mish, on a CPU three times as fast."""
+    """x tanh(softplus(x)) = x - 2 x / ((1 + e^x)^2 + 1): nn.Mish, on a CPU three times as fast, in few buffers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        p = torch.sigmoid(x)
-        w = (1 - p).square_().add_(1).reciprocal_()
         if not ctx.needs_input_grad[0]:
-            return w.mul_(2).sub_(1).mul_(x)
-        u = torch.addcmul(w, w, w, value=-1).mul_(p).mul_(x)
-        t = w.mul_(2).sub_(1)
-        y = t * x
-        ctx.save_for_backward(t.add_(u, alpha=4))  # dy/dx = t + 4 x p (w - w^2)
+            v = x.exp().add_(1).square_().add_(1)
+            return torch.addcdiv(x, x, v, value=-2, out=v)
+        p = torch.sigmoid(x)
+        w = (p - 1).square_().add_(1).reciprocal_()  # 1 - 1 / v, and finite for every x
+        p.mul_(x).mul_(w).addcmul_(p, w, value=-1)  # p x (w - w^2)
+        w.mul_(2).sub_(1)
+        y = w * x
+        ctx.save_for_backward(w.add_(p, alpha=4))  # dy/dx
         return y
 
     @staticmethod
