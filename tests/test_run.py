@@ -65,6 +65,27 @@ def run(script, hopper_file, tmp_path):
     return call
 
 
+@pytest.fixture
+def run_edis(hopper_file, tmp_path):
+    """Run EDIS on a small file; returns its checkpoint and the rows [s, a, s', r, mask] of the file."""
+    import edis_sac
+
+    def call(*flags):
+        data = [
+            "--env-id",
+            "hopper-medium-v2",
+            "--dataset-path",
+            str(hopper_file),
+            "--runs-dir",
+            str(tmp_path / "runs"),
+        ]
+        args = edis_sac.parse_args([*FAST_EDIS.replace("--num-updates 6", "").split(), *data, *flags])
+        rows = edis_sac.make_transitions(edis_sac.load_task(args)[0], args)[0]
+        return edis_sac.load_checkpoint(edis_sac.main(args)["run_dir"]), torch.as_tensor(rows)
+
+    return call
+
+
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -537,6 +558,99 @@ def test_edis_smoke(tmp_path, hopper_file):
     assert all(names <= set(row) and all(map(math.isfinite, row.values())) for row in rounds)
     saved = edis_sac.load_checkpoint(str(folder))
     assert saved["online"]["count"] == 2_000 and saved["synthetic"]["count"] == 400
+
+
+def test_online_rows_are_the_environments(run_edis):
+    """s, a, s', r, mask and Monte-Carlo return of every online row, played again from the episodes' seeds."""
+    saved = run_edis("--offline-updates", "1", "--online-steps", "115", "--augmentation", "none")[0]
+    rows, env, episode, i = saved["online"]["rows"], gym.make("Hopper-v4"), -1, 0
+    s, a, next_s, r, mask, returns = rows.split([11, 3, 11, 1, 1, 1], dim=1)
+    assert len(rows) == 115 and saved["interaction"]["episode"] > 0
+    while i < len(rows):
+        episode += 1
+        obs, _ = env.reset(seed=int(np.random.default_rng([0, episode]).integers(2**31)))
+        start, end = i, False
+        while i < len(rows) and not end:
+            assert torch.equal(s[i], torch.as_tensor(obs).float())
+            obs, reward, terminated, truncated, _ = env.step(a[i].numpy())
+            assert torch.equal(next_s[i], torch.as_tensor(obs).float())
+            assert r[i].item() == np.float32(reward) and mask[i].item() == (not terminated)
+            end, i = terminated or truncated, i + 1
+        for j in range(start, i):
+            to_go = sum(0.99 ** (t - j) * r[t].item() for t in range(j, i)) if end else -math.inf
+            assert returns[j].item() == pytest.approx(to_go, rel=1e-5)
+    assert not end and saved["interaction"]["episode"] == episode
+
+
+@pytest.mark.parametrize("augmentation", ["edis", "edis-without-energies", "synther", "offline", "none"])
+def test_what_online_batches_are_made_of(run_edis, augmentation, monkeypatch):
+    """Online rows beside the last round's synthetic ones, which are guided, or real ones where there are none."""
+    import edis_sac
+
+    batches, made, given = [], [], []
+    make_update, generate, make_round = edis_sac.make_update, edis_sac.Round.generate, edis_sac.Round.__call__
+
+    def spied_make_update(*args):
+        update, optimizers = make_update(*args)
+
+        def spied(*batch):
+            batches.append((torch.column_stack(batch[:5]), batch[6]))
+            return update(*batch)
+
+        return spied, optimizers
+
+    def spied_generate(self, n, denoise, guidance):
+        x = generate(self, n, denoise, guidance)
+        made.append((n, guidance, self.rows(x)[:, :27]))
+        return x
+
+    monkeypatch.setattr(edis_sac, "make_update", spied_make_update)
+
+    def spied_round(self, x, r, mask, recent):
+        given.append((x, recent))
+        return make_round(self, x, r, mask, recent)
+
+    monkeypatch.setattr(edis_sac.Round, "generate", spied_generate)
+    monkeypatch.setattr(edis_sac.Round, "__call__", spied_round)
+    flags = ["--augmentation", augmentation.split("-")[0], "--batch-size", "4", "--online-steps", "17"]
+    flags += [
+        "--positive-buffer",
+        "10",
+        "--first-round",
+        "9",
+        "--round-every",
+        "4",
+        "--synthetic-ratio",
+        "0.25",
+        "--cql-alpha-online",
+        "0.5",
+    ]
+    if augmentation == "edis-without-energies":
+        flags += ["--no-state-energy", "--no-policy-energy", "--no-transition-energy"]
+    saved, data = run_edis("--offline-updates", "3", *flags)
+    online = saved["online"]["rows"][:, :27]
+    rounds = [made[i : i + 2] for i in range(0, len(made), 2)]  # unguided ones to compare with, then the rows
+
+    def among(rows, others):
+        return (rows[:, None] == others).all(2).any(1).tolist()
+
+    assert len(batches) == 3 + 17 and len(rounds) == len(given) == (0 if augmentation in ("offline", "none") else 2)
+    for n, (x, recent) in zip((9, 13), given, strict=False):
+        assert torch.equal(recent, online[max(0, n - 10) : n, :25]) and sum(among(x, online[:n, :25])) >= len(x) / 2
+    for i, (batch, cql_alpha) in enumerate(batches):
+        offline = i < 3 + 3  # until a batch's worth is online
+        assert cql_alpha == (5.0 if offline else 0.5)
+        if offline:
+            assert among(batch, data) == [True] * 4
+            continue
+        share = 0 if augmentation == "none" else 1
+        assert among(batch[share:], online[: i - 2]) == [True] * (4 - share) and len(batch) == 4
+        if share and rounds and i >= 3 + 9:
+            n, guidance, rows = rounds[(i - 3 - 9) // 4][1]
+            assert n == 20 and (guidance is None) == (augmentation != "edis")
+            assert among(batch[:1], rows) == [True]
+        elif share:
+            assert among(batch[:1], data) == [True]
 
 
 def test_online_runs_share_a_pretrained_agent(tmp_path, hopper_file, capsys):
