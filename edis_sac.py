@@ -71,7 +71,7 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -166,7 +166,7 @@ class Args:
     guidance_clip: float = 10.0  # bound of the norm of sigma sum lambda_i grad E_i, in units of sqrt(dim x)
     # speed
     num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the denoiser; auto: on for cuda only
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the denoiser; auto: for cuda only
 
     @property
     def num_updates(self) -> int:
@@ -791,6 +791,20 @@ def make_networks(obs_dim: int, act_dim: int, args: Args, device: torch.device) 
     return {name: network.to(device) for name, network in networks.items()}
 
 
+def compile_networks(args: Args, networks: Iterable[nn.Module], device: torch.device) -> None:
+    """torch.compile in place; where no compiler works, eager and one line that says so."""
+    if args.compile == "off" or (args.compile == "auto" and device.type != "cuda"):
+        return
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # every backend has its own kind
+        print(f"warning: --compile: {str(error).splitlines()[0]}; goes on without", file=sys.stderr)
+        return
+    torch._dynamo.config.suppress_errors = True  # a slower run rather than none
+    for network in networks:
+        network.compile()
+
+
 def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
     """The update of SAC with CQL's penalty, rows and its coefficient -> metrics, and its optimisers."""
     actor, critic, critic_target = (networks[name] for name in ("actor", "critic", "critic_target"))
@@ -849,7 +863,7 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
     return update, optimizers
 
 
-def train_denoiser(args: Args, denoiser: Denoiser, ema: Denoiser, denoise: Callable[..., Tensor], x: Tensor) -> Tensor:
+def train_denoiser(args: Args, denoiser: Denoiser, ema: Denoiser, x: Tensor) -> Tensor:
     """Train on normalised transitions x (N, D) of one round, from where the last one ended; the mean loss."""
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=args.denoiser_lr, fused=x.device.type in ("cpu", "cuda"))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.denoiser_updates, 1))
@@ -857,7 +871,7 @@ def train_denoiser(args: Args, denoiser: Denoiser, ema: Denoiser, denoise: Calla
     for _ in range(args.denoiser_updates):
         batch = x[torch.randint(len(x), (args.denoiser_batch,), device=x.device)]
         sigma = (1.2 * torch.randn(len(batch), device=x.device) - 1.2).exp()  # P_mean, P_std of Karras et al.
-        loss = edm_loss(denoise, batch, sigma, torch.randn_like(batch))
+        loss = edm_loss(denoiser, batch, sigma, torch.randn_like(batch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1010,14 +1024,10 @@ class Round(NamedTuple):
         """Train on transitions x (N, D), steer towards the recent ones (M, D); synthetic rows and metrics."""
         args, energies, ema = self.args, self.networks["energies"], self.networks["denoiser_ema"]
         x, recent = self.normalize(x), self.normalize(recent)
-        denoise: list[Callable[..., Tensor]] = [self.networks["denoiser"], ema]
-        if args.compile == "on" or (args.compile == "auto" and x.device.type == "cuda"):
-            torch._dynamo.config.suppress_errors = True  # without a C++ compiler: eager, and a warning
-            denoise = [torch.compile(network) for network in denoise]
-        loss = train_denoiser(args, self.networks["denoiser"], ema, denoise[0], x)
+        loss = train_denoiser(args, self.networks["denoiser"], ema, x)
         metrics = {"losses/denoiser_loss": loss}
         metrics["losses/model_loss"] = train_model(args, self.networks["model"], energies, x, r, mask)
-        plain, guidance = self.generate(min(args.samples, 1_000), denoise[1], None), None
+        plain, guidance = self.generate(min(args.samples, 1_000), ema, None), None
         metrics |= {f"unguided/{name}": value for name, value in self.distances(plain, recent).items()}
         real = recent[torch.randint(len(recent), (len(plain),), device=recent.device)]
         metrics |= {f"recent/{name}": value for name, value in self.distances(real, recent).items()}
@@ -1027,10 +1037,10 @@ class Round(NamedTuple):
             args.transition_scale * args.transition_energy,
         )
         if args.augmentation == "edis" and any(scales):
-            metrics |= {f"energies/{name}": value for name, value in self.train_energies(recent, denoise[1]).items()}
+            metrics |= {f"energies/{name}": value for name, value in self.train_energies(recent, ema).items()}
             guidance = make_guidance(energies, scales, args.full_gradient, args.guidance_clip)
         begin = time.time()
-        made = self.generate(args.samples, denoise[1], guidance)
+        made = self.generate(args.samples, ema, guidance)
         made[-1].tolist()  # waits for the device
         metrics["charts/generated_per_second"] = torch.tensor(len(made) / (time.time() - begin))
         if guidance:
@@ -1418,6 +1428,7 @@ def main(args: Args) -> dict[str, Any]:
 
     # Networks, optimisers, buffers
     networks = make_networks(obs_dim, act_dim, args, device)
+    compile_networks(args, (networks["denoiser"], networks["denoiser_ema"]), device)
     update, optimizers = make_update(args, networks)
     online = Buffer(args.online_steps + 1, data.shape[1], device)
     synthetic = Buffer(args.samples, data.shape[1], device)

@@ -57,7 +57,7 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -128,7 +128,7 @@ class Args:
     policy_target_every: int = 5  # updates between two moves of the policy's target
     # speed
     num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the denoising step; auto: on for cuda only
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the networks; auto: for cuda only
 
 
 # ------------------------------------------------------------------------------------------------------------- PRESETS
@@ -636,6 +636,20 @@ def draw(args: Args, diffusion: Diffusion, act_dim: int, device: torch.device, s
     }
 
 
+def compile_networks(args: Args, networks: Iterable[nn.Module], device: torch.device) -> None:
+    """torch.compile in place; where no compiler works, eager and one line that says so."""
+    if args.compile == "off" or (args.compile == "auto" and device.type != "cuda"):
+        return
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # every backend has its own kind
+        print(f"warning: --compile: {str(error).splitlines()[0]}; goes on without", file=sys.stderr)
+        return
+    torch._dynamo.config.suppress_errors = True  # a slower run rather than none
+    for network in networks:
+        network.compile()
+
+
 def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
     """The update of Algorithm 1 with TD3's objective, a batch and its random draws -> metrics, and its optimisers."""
     policy, critic, policy_target, critic_target = networks.values()
@@ -647,10 +661,6 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
     device = vectors["policy"][0].device
     adam = partial(torch.optim.Adam, lr=args.lr, fused=device.type in ("cpu", "cuda"))
     optimizers = {name: adam(vector) for name, vector in vectors.items()}
-    reconstruct_ = reconstruct
-    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
-        torch._dynamo.config.suppress_errors = True  # without a C++ compiler: eager, and a warning
-        reconstruct_ = torch.compile(reconstruct)
 
     def descend(name: str, loss: Tensor) -> None:
         optimizers[name].zero_grad(set_to_none=False)
@@ -663,7 +673,7 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
         s: Tensor, a: Tensor, next_s: Tensor, r: Tensor, mask: Tensor, k: Tensor, epsilon: Tensor,
         noise: Tensor, next_noise: Tensor, first_critic: Tensor, policy_tau: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
-        error, a_hat_0 = reconstruct_(diffusion, policy, s, a, k, epsilon)
+        error, a_hat_0 = reconstruct(diffusion, policy, s, a, k, epsilon)
         if not args.action_approximation:  # Diffusion-QL
             a_hat_0 = diffusion.sample(policy, s, noise).clamp(-1, 1)
         diffusion_loss = error.mean()
@@ -1062,6 +1072,7 @@ def main(args: Args) -> dict[str, Any]:
     K, sampler, steps, order = args.diffusion_steps, args.sampler, args.sampler_steps, args.solver_order
     diffusion = Diffusion(K, sampler, steps, order, device, args.beta_schedule)
     networks = make_networks(obs_dim, act_dim, device)
+    compile_networks(args, networks.values(), device)
     update, optimizers = make_update(args, diffusion, networks)
     state = networks | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     if saved:

@@ -47,7 +47,7 @@ def test_denoiser_learns():
     x = torch.randn(20_000, 3) @ torch.linalg.cholesky(torch.tensor(COV)).T
     denoiser = edis.Denoiser(3, 64, 2)
     ema = edis.copy.deepcopy(denoiser).requires_grad_(False)
-    edis.train_denoiser(args, denoiser, ema, denoiser, x)
+    edis.train_denoiser(args, denoiser, ema, x)
     exact, test = GaussianDenoiser([0.0] * 3, COV), x[:2_000]
     for sigma in torch.tensor([0.1, 0.5, 2.0]):
         noised = test + sigma * torch.randn_like(test)

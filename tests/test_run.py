@@ -181,6 +181,16 @@ def test_compiled_update_agrees_with_eager(run, script):
             assert compiled[name] == pytest.approx(eager[name], rel=1e-3, abs=1e-5)
 
 
+def test_compiling_that_fails_is_one_line(run, script, monkeypatch, capsys):
+    def fail(function):
+        raise RuntimeError("no compiler\nand pages of log")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    run("--compile", "on")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "compile" in line]
+    assert warnings == ["warning: --compile: no compiler; goes on without"]
+
+
 @pytest.mark.parametrize("name", ["walker2d-medium-v2", "halfcheetah-expert-v2"])
 def test_other_environments(run, script, tmp_path, name):
     path = write_hdf5(tmp_path / "own.hdf5", make_columns(obs_dim=17, act_dim=6))
