@@ -1,6 +1,7 @@
-"""Break the mathematics on purpose and see a test fail: python tests/mutants.py [part of the mutants' names]
+"""Break the scripts on purpose and see a test fail: python tests/mutants.py [part of the mutants' names]
 
-Each mutant replaces one piece of a script's source, in a copy of the repository, and runs the mathematics tests there.
+Each mutant replaces one piece of a script's source, in a copy of the repository, and runs the mathematics tests there,
+or for the mutants of data and runs those tests that are named.
 """
 
 import shutil
@@ -10,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MUTANTS = {  # name: (script, original, mutant)
+MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, tests if not those of mathematics)
     "sign in a_hat^0": ("edp_iql.py", "(a_k - self.sqrt_one_minus_alpha_bar", "(a_k + self.sqrt_one_minus_alpha_bar"),
     "abar^{k-1} in the forward noising": (
         "edp_iql.py",
@@ -153,11 +154,76 @@ MUTANTS = {  # name: (script, original, mutant)
     "EDIS: termination for survival": ("edis_sac.py", "torch.sigmoid(-logit)", "torch.sigmoid(logit)"),
     "EDIS: no importance weights": ("edis_sac.py", "((q - log_density).logsumexp(0)", "(q.logsumexp(0)"),
     "vp: beta at the step's end": ("edp_td3.py", "(2 * np.arange(K) + 1)", "(2 * np.arange(K) + 2)"),
+    "data: scalar columns": ("edp_iql.py", "or columns[key].ndim == 0]", "]", "bad_content or odd_columns"),
+    "data: empty columns": ("edp_iql.py", " or not column.size:", ":", "bad_content or odd_columns"),
+    "data: -128 as int8": (
+        "edp_iql.py",
+        'np.abs(columns["actions"].astype(np.float64))',
+        'np.abs(columns["actions"])',
+        "odd_columns",
+    ),
+    "data: equal returns": ("edp_iql.py", "if spread > 1e-6 * np.abs(returns).max()", "if spread > 0", "equal_returns"),
+    "data: actions out of range": ("edp_iql.py", ".max()) > 1.001:", ".max()) > 1e9:", "bad_content"),
+    "run: half a row": (
+        "edp_iql.py",
+        "if (file.write(data) or 0) < len(data):",
+        "if not file.write(data):",
+        "full_disk",
+    ),
+    "run: checkpoint in place": ("edp_iql.py", '"checkpoint.tmp"', '"checkpoint.pt"', "full_disk"),
+    "run: a failed TensorBoard writer is kept": (
+        "edp_iql.py",
+        "writer, self.writer = self.writer or self.open_writer(), None",
+        "writer = self.writer = self.writer or self.open_writer()",
+        "tensorboard_goes_on",
+    ),
+    "run: closed pipe": ("edp_iql.py", "except BrokenPipeError:", "except ZeroDivisionError:", "reader_that_goes"),
+    "run: no lock": ("edp_iql.py", 'fail(f"{self.dir} is in use by another process")', "pass", "spoil"),
+    "run: damaged checkpoint": ("edp_iql.py", "zipfile.ZipFile(file).testzip()", "None", "foreign or spoil"),
+    "run: any file of checkpoints": ("edp_iql.py", 'if file.name != "checkpoint.pt":', "if False:", "foreign or spoil"),
+    "run: failing wandb": (
+        "edp_iql.py",
+        "except Exception as error:  # the run",
+        "except OSError as error:  #",
+        "wandb",
+    ),
+    "run: changes forgotten": ("edp_iql.py", 'about["resumed_from"].append(changed)', "pass", "what_changed"),
+    "run: names with a slash": ("edp_iql.py", 're.sub(r"[/', 're.sub(r"[', "nothing_is_written"),
+    "run: MuJoCo's log": ("edp_iql.py", "mujoco.set_mju_user_warning(lambda", "str(lambda", "nothing_is_written"),
+    "run: early signals": (
+        "edp_iql.py",
+        "lambda number, _: sys.exit(128 + number)",
+        "signal.SIG_IGN",
+        "before_the_first",
+    ),
+    "run: pages where there is no compiler": ("edp_iql.py", "}; goes on without", "}", "compil"),
+    "EDIS run: a stop waits for the round": (
+        "edis_sac.py",
+        "run.nothing_to_save = due",
+        "run.nothing_to_save = False",
+        "stop_during_a_round",
+    ),
+    "EDIS run: online settings fixed": ("edis_sac.py", "RESUMABLE | ONLINE)", "RESUMABLE)", "share_a_pretrained"),
+    "EDIS run: the episode restarts": (
+        "edis_sac.py",
+        "            self.step(action)",
+        "            pass",
+        "resume_is_exact",
+    ),
+    "EDIS run: unguided": ("edis_sac.py", "self.generate(args.samples, ema, guidance)", "plain", "online_batches"),
+    "EDIS run: synthetic rows unused": ("edis_sac.py", "synthetic.sample(n)", "online.sample(n)", "online_batches"),
+    "EDIS run: no termination online": ("edis_sac.py", "1.0 - terminated", "1.0", "online_rows"),
+    "EDIS run: energies trained on old data": (
+        "edis_sac.py",
+        "online.recent(args.positive_buffer)[:, :D]",
+        "data[:, :D]",
+        "online_batches",
+    ),
 }
 
 
-def survives(script: str, original: str, mutant: str) -> bool:
-    """Whether all mathematics tests pass with the mutant in place."""
+def survives(script: str, original: str, mutant: str, tests: str = "") -> bool:
+    """Whether the tests pass with the mutant in place."""
     source = (ROOT / script).read_text()
     if source.count(original) != 1:
         raise SystemExit(f"{script}: found {source.count(original)} times, not once: {original!r}")
@@ -169,9 +235,14 @@ def survives(script: str, original: str, mutant: str) -> bool:
         for path in (ROOT / "pyproject.toml", *ROOT.glob("*.py")):
             shutil.copy(path, folder)
         (Path(folder) / script).write_text(mutated)
-        tests = ["edis_math"] if script == "edis_sac.py" else ["edp_math", "edp_golden"]
-        command = [sys.executable, "-m", "pytest", "-qx", *(f"tests/test_{name}.py" for name in tests)]
-        return subprocess.run(command, cwd=folder, capture_output=True).returncode == 0
+        names = ["edis_math"] if script == "edis_sac.py" else ["edp_math", "edp_golden"]
+        chosen = ["-k", f"({tests}) and ({script[:-3]} or not (edp_ or edis_))"] if tests else []
+        files = [f"tests/test_{name}.py" for name in (("data", "run") if tests else names)]
+        command = [sys.executable, "-m", "pytest", "-qx", *files, *chosen]
+        code = subprocess.run(command, cwd=folder, capture_output=True).returncode
+        if code not in (0, 1):
+            raise SystemExit(f"pytest ended with {code}: no test is named {tests}?")
+        return code == 0
 
 
 def main() -> None:

@@ -409,6 +409,24 @@ def test_full_disk_costs_rows_not_the_run(run, monkeypatch, capsys):
     assert "warning: metrics.jsonl not written at update 2" in capsys.readouterr().err
 
 
+def test_tensorboard_goes_on_after_a_full_disk(run, monkeypatch, capsys):
+    """A writer whose thread met a full disk is dead: the next row opens another."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    add_scalar, writers, steps = SummaryWriter.add_scalar, [], set()
+
+    def full(self, name, value, step):
+        writers.append(self)
+        if self is writers[0]:
+            raise OSError(28, "No space left on device")
+        steps.add(step)
+        add_scalar(self, name, value, step)
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    run()
+    assert 2 not in steps and {4, 6} <= steps and capsys.readouterr().err.count("TensorBoard events not written") == 1
+
+
 def test_evaluations_have_their_header_after_a_full_disk(run, script, tmp_path, monkeypatch):
     """A first row that failed leaves an empty file."""
     append, failed = script.Run.append, []
