@@ -61,7 +61,7 @@ class Args:
     """seeds 0, 1, ..."""
     updates: int = 100_000
     """updates per run of an EDP script"""
-    online_steps: int = 20_000
+    online_steps: int = 10_000
     """online steps per run of EDIS"""
     workers: int = 2
     """runs at a time: on this machine one per core"""
