@@ -86,6 +86,24 @@ def run_edis(hopper_file, tmp_path):
     return call
 
 
+@pytest.fixture
+def start(tmp_path):
+    """Start a script as a process of its own; whatever still runs at the test's end is killed."""
+    processes = []
+
+    def call(script_name, *flags):
+        env = {**os.environ, "HOME": str(tmp_path), "WANDB_API_KEY": ""}
+        command = [sys.executable, str(ROOT / f"{script_name}.py"), *flags]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, cwd=tmp_path, env=env, **pipes))
+        return processes[-1]
+
+    yield call
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -322,7 +340,7 @@ def test_resume_refuses_other_settings_and_data(run, script, tmp_path, capsys):
     assert "--resume" in error_of(capsys, lambda: parse(script, "--resume", tmp_path / "other.pt"))
 
 
-def test_resume_refuses_what_it_would_spoil(run, script, tmp_path, capsys):
+def test_resume_refuses_what_it_would_spoil(start, run, script, tmp_path, capsys):
     """A damaged checkpoint, one that is not in a run folder, a run that somebody else goes on with, one further on."""
 
     def refused(path, *flags):
@@ -334,7 +352,7 @@ def test_resume_refuses_what_it_would_spoil(run, script, tmp_path, capsys):
     assert "checkpoint.pt" in refused(tmp_path / "backup.pt")
     assert "--resume" in refused("")
     with filelock.FileLock(folder / ".lock"):
-        other = start(script.__name__, tmp_path, "--resume", str(folder))
+        other = start(script.__name__, "--resume", str(folder))
         _, err = other.communicate()
         assert other.returncode == 2 and "in use by another process" in err
     content = bytearray((folder / "checkpoint.pt").read_bytes())
@@ -461,10 +479,10 @@ def test_full_disk_from_the_start(run, script, tmp_path, hopper_file, limit):
         assert all(row["step"] for row in rows_of(new / "metrics.jsonl"))
 
 
-def test_a_reader_that_goes_away(tmp_path, hopper_file, script):
+def test_a_reader_that_goes_away(start, tmp_path, hopper_file, script):
     """python script.py | head -1"""
     data = ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file)]
-    process = start(script.__name__, tmp_path, *flags_of(script, [*fast(script).split(), *data]))
+    process = start(script.__name__, *flags_of(script, [*fast(script).split(), *data]))
     process.stdout.readline()
     process.stdout.close()
     err = process.stderr.read()
@@ -502,20 +520,14 @@ def test_divergence_ends_with_3(run, script, tmp_path, capsys):
     )
 
 
-def start(script_name, tmp_path, *flags):
-    env = {**os.environ, "HOME": str(tmp_path), "WANDB_API_KEY": ""}
-    command = [sys.executable, str(ROOT / f"{script_name}.py"), *flags]
-    return subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals(name, signum, code, tmp_path, hopper_file):
+def test_signals(start, name, signum, code, tmp_path, hopper_file):
     """A signal saves and exits; the run goes on from the very update."""
     data = ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file)]
     script = importlib.import_module(name)
     never = fast(script).replace("--save-every 3", "--save-every 1000000").replace("updates 6", "updates 100000")
-    process = start(name, tmp_path, *flags_of(script, [*never.split(), *data]))
+    process = start(name, *flags_of(script, [*never.split(), *data]))
     for line in process.stdout:  # first progress
         if line.startswith("update"):
             break
@@ -530,12 +542,12 @@ def test_signals(name, signum, code, tmp_path, hopper_file):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_signal_before_the_first_update(name, tmp_path, monkeypatch):
+def test_a_signal_before_the_first_update(start, name, tmp_path, monkeypatch):
     """Here while a download waits for a server that says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "data"))
-        process = start(name, tmp_path, "--env-id", "hopper-medium-v2")
+        process = start(name, "--env-id", "hopper-medium-v2")
         server.settimeout(60)
         connection, _ = server.accept()
         process.send_signal(signal.SIGINT)
@@ -545,13 +557,13 @@ def test_a_signal_before_the_first_update(name, tmp_path, monkeypatch):
     assert not any((tmp_path / "data").glob("*.hdf5"))
 
 
-def test_a_stop_during_a_round_does_not_wait(tmp_path, hopper_file):
+def test_a_stop_during_a_round_does_not_wait(start, tmp_path, hopper_file):
     """EDIS has saved before the round, which would take minutes here; a resume makes it again."""
     import edis_sac
 
     data = ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file)]
     flags = flags_of(edis_sac, [*FAST_EDIS.split(), *data, "--denoiser-updates", "1000000"])
-    process = start("edis_sac", tmp_path, *flags)
+    process = start("edis_sac", *flags)
     for line in process.stdout:
         if line.startswith("update 5/"):  # logged with the checkpoint, right before the round
             break
@@ -788,15 +800,15 @@ def test_no_such_gpu(run, capsys):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_command_line(name, tmp_path):
+def test_command_line(start, name, tmp_path):
     """--help is quick and shows the preset of the id; a bad flag ends with exit code 2 and no traceback."""
     begin = time.time()
     env_id, flag = ("hopper-medium-mini", "--actor-lr") if name == "edis_sac" else ("walker2d-medium-v2", "--lr")
-    out, _ = (process := start(name, tmp_path, "--env-id", env_id, "--help")).communicate()
+    out, _ = (process := start(name, "--env-id", env_id, "--help")).communicate()
     assert process.returncode == 0 and time.time() - begin < 30  # 3 on an idle machine
     assert re.search(rf"{flag} FLOAT[^-]*default: 0.0003\)", out)
     for flags in (["--nonsense"], ["--seed", "x"], ["--compile", "perhaps"]):
-        _, err = (process := start(name, tmp_path, *flags)).communicate()
+        _, err = (process := start(name, *flags)).communicate()
         assert process.returncode == 2 and "Traceback" not in err
 
 
@@ -817,9 +829,9 @@ def test_a_copied_script_runs_alone(name, tmp_path, hopper_file):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_wandb_without_a_key(name, tmp_path, hopper_file):
+def test_wandb_without_a_key(start, name, tmp_path, hopper_file):
     """Says so before any data is loaded."""
-    _, err = (process := start(name, tmp_path, "--track", "--dataset-path", "nowhere.hdf5")).communicate(timeout=60)
+    _, err = (process := start(name, "--track", "--dataset-path", "nowhere.hdf5")).communicate(timeout=60)
     assert process.returncode == 2 and "--wandb-mode offline" in err and "nowhere" not in err
 
 
