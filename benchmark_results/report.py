@@ -71,7 +71,7 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
 
 def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str]:
     columns = f"data | mean return of the data | algorithm | seeds | {unit} | last | mean of last 10 | best"
-    lines, rng = [f"| {columns} | IQM of last [95 %] | updates/s |", "|" + "---|" * 10], np.random.default_rng(0)
+    lines = [f"| {columns} | IQM of last [95 %] | updates/s |", "|" + "---|" * 10]
     for env_id, variants in runs.items():
         for variant, all_jobs in variants.items():
             jobs, name = finished(all_jobs), f"{env_id} | {statistics[env_id]['return_mean']:.0f} | {LABELS[variant]}"
@@ -81,6 +81,7 @@ def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str
             if not jobs:
                 lines.append(f"| {name} | {seeds} |" + " - |" * 6)
                 continue
+            rng = np.random.default_rng(0)  # a row does not depend on the rows before it
             picks = [rng.choice(job.last, (2_000, len(job.last))) for job in jobs]  # within seeds: stratified
             low, high = np.percentile(interquartile_mean(np.concatenate(picks, axis=1)), [2.5, 97.5])
             iqm = interquartile_mean(np.concatenate([job.last for job in jobs]))
