@@ -2,9 +2,11 @@
 
 import http.server
 import json
+import multiprocessing
 import os
 import threading
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 
 import gymnasium as gym
 import h5py
@@ -307,14 +309,9 @@ def test_two_downloads_at_once(script, server, monkeypatch, hopper_file):
     routes, _, url = server
     routes[f"/{NAME}"] = (200, hopper_file.read_bytes(), None)
     monkeypatch.setattr(script, "D4RL_URLS", (url + "/{}",))
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(script.download_d4rl(NAME))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 4
-    assert all(len(script.read_hdf5(path)["rewards"]) == 600 for path in results)
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork")) as pool:
+        paths = list(pool.map(script.download_d4rl, [NAME] * 4))
+    assert all(len(script.read_hdf5(path)["rewards"]) == 600 for path in paths)
 
 
 def test_addresses(script):
