@@ -71,15 +71,8 @@ def run_edis(hopper_file, tmp_path):
     import edis_sac
 
     def call(*flags):
-        data = [
-            "--env-id",
-            "hopper-medium-v2",
-            "--dataset-path",
-            str(hopper_file),
-            "--runs-dir",
-            str(tmp_path / "runs"),
-        ]
-        args = edis_sac.parse_args([*FAST_EDIS.replace("--num-updates 6", "").split(), *data, *flags])
+        data = f"--env-id hopper-medium-v2 --dataset-path {hopper_file} --runs-dir {tmp_path / 'runs'}"
+        args = edis_sac.parse_args([*FAST_EDIS.replace("--num-updates 6", "").split(), *data.split(), *flags])
         rows = edis_sac.make_transitions(edis_sac.load_task(args)[0], args)[0]
         return edis_sac.load_checkpoint(edis_sac.main(args)["run_dir"]), torch.as_tensor(rows)
 
@@ -645,27 +638,17 @@ def test_what_online_batches_are_made_of(run_edis, augmentation, monkeypatch):
         made.append((n, guidance, self.rows(x)[:, :27]))
         return x
 
-    monkeypatch.setattr(edis_sac, "make_update", spied_make_update)
-
     def spied_round(self, x, r, mask, recent):
         given.append((x, recent))
         return make_round(self, x, r, mask, recent)
 
+    monkeypatch.setattr(edis_sac, "make_update", spied_make_update)
     monkeypatch.setattr(edis_sac.Round, "generate", spied_generate)
     monkeypatch.setattr(edis_sac.Round, "__call__", spied_round)
-    flags = ["--augmentation", augmentation.split("-")[0], "--batch-size", "4", "--online-steps", "17"]
-    flags += [
-        "--positive-buffer",
-        "10",
-        "--first-round",
-        "9",
-        "--round-every",
-        "4",
-        "--synthetic-ratio",
-        "0.25",
-        "--cql-alpha-online",
-        "0.5",
-    ]
+    flags = (
+        "--batch-size 4 --online-steps 17 --positive-buffer 10 --first-round 9 --round-every 4 --synthetic-ratio 0.25"
+    )
+    flags = f"{flags} --cql-alpha-online 0.5 --augmentation {augmentation.split('-')[0]}".split()
     if augmentation == "edis-without-energies":
         flags += ["--no-state-energy", "--no-policy-energy", "--no-transition-energy"]
     saved, data = run_edis("--offline-updates", "3", *flags)
