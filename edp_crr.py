@@ -653,7 +653,7 @@ def compile_networks(args: Args, networks: Iterable[nn.Module], device: torch.de
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # every backend has its own kind
-        print(f"warning: --compile: {str(error).splitlines()[0]}; goes on without", file=sys.stderr)
+        print(f"warning: --compile: {(str(error) or repr(error)).splitlines()[0]}; goes on without", file=sys.stderr)
         return
     torch._dynamo.config.suppress_errors = True  # a slower run rather than none
     for network in networks:
@@ -1032,7 +1032,7 @@ def set_up(args: Args) -> torch.device:
         device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
         torch.Generator(device)
     except Exception as error:  # every backend has its own kind
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+        fail(f"--device {args.device}: {(str(error) or repr(error)).splitlines()[0]}")
     torch.set_num_threads(args.num_threads)
     if sys.platform == "linux":  # keep freed activations: glibc gives them back, and each update faults them in anew
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
