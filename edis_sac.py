@@ -166,7 +166,10 @@ class Args:
     guidance_clip: float = 10.0  # bound of the norm of sigma sum lambda_i grad E_i, in units of sqrt(dim x)
     # speed
     num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the denoiser; auto: for cuda only
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the denoiser, on cuda also each update as one CUDA graph; auto: for cuda only"""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """of float32 products, where the hardware has less: high for TF32, medium for bfloat16"""
 
     @property
     def num_updates(self) -> int:
@@ -192,7 +195,7 @@ PRESETS = {f"hopper-{level}-mini": MINI for level in ("medium", "medium-replay",
 RESUMABLE = {
     "resume", "online_steps", "device", "log_every", "save_every", "runs_dir", "track", "wandb_project", "wandb_entity",
     "wandb_group", "wandb_mode", "dataset_path", "eval_every", "eval_episodes", "capture_video", "num_threads",
-    "compile",
+    "compile", "matmul_precision",
 }  # fmt: skip
 # And before the first online step, so that several runs can go on from one pre-trained agent
 ONLINE = {
@@ -806,14 +809,51 @@ def compile_networks(args: Args, networks: Iterable[nn.Module], device: torch.de
         network.compile()
 
 
+class Captured:
+    """An update as one CUDA graph: three calls as they are, the fourth is captured, and replayed from then on.
+
+    Tensor arguments are copied in; networks, optimisers and torch's generator are shared; all else is as captured.
+    """
+
+    def __init__(self, update: Callable[..., dict[str, Tensor]]) -> None:
+        self.update, self.calls, self.graph = update, 0, None
+
+    def capture(self, inputs: dict[str, Tensor]) -> None:
+        self.inputs = {name: x.clone() for name, x in inputs.items()}
+        graph: Any = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):  # records, computes nothing
+                self.metrics = self.update(**self.inputs)
+            self.graph = graph
+        except RuntimeError as error:
+            print(f"warning: no CUDA graph: {str(error).splitlines()[0]}; goes on without", file=sys.stderr)
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls == 4:
+            self.capture(inputs)
+        if self.graph is None:  # compiler, cuBLAS and autograd set themselves up, on a stream that can be captured
+            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                metrics = self.update(**inputs)
+            current.wait_stream(stream)
+            return metrics
+        for name, x in inputs.items():
+            self.inputs[name].copy_(x)
+        self.graph.replay()
+        return self.metrics
+
+
 def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
     """The update of SAC with CQL's penalty, rows and its coefficient -> metrics, and its optimisers."""
     actor, critic, critic_target = (networks[name] for name in ("actor", "critic", "critic_target"))
     log_alpha = networks["temperature"]["log_alpha"]
     rates = {"actor": args.actor_lr, "critic": args.critic_lr, "temperature": args.actor_lr}
     parameters = {name: list(networks[name].parameters()) for name in rates}
-    fused = log_alpha.device.type in ("cpu", "cuda")
-    optimizers = {name: torch.optim.Adam(parameters[name], lr=lr, fused=fused) for name, lr in rates.items()}
+    cuda = log_alpha.device.type == "cuda"
+    adam = partial(torch.optim.Adam, fused=cuda or log_alpha.device.type == "cpu", capturable=cuda)
+    optimizers = {name: adam(parameters[name], lr=lr) for name, lr in rates.items()}
 
     def descend(name: str, loss: Tensor) -> None:
         optimizers[name].zero_grad()
@@ -1379,6 +1419,9 @@ def set_up(args: Args) -> torch.device:
     except Exception as error:  # every backend has its own kind
         fail(f"--device {args.device}: {(str(error) or repr(error)).splitlines()[0]}")
     torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if sys.platform == "linux":  # keep freed activations: glibc gives them back, and each update faults them in anew
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(option, 32 << 20)
@@ -1431,6 +1474,11 @@ def main(args: Args) -> dict[str, Any]:
     networks = make_networks(obs_dim, act_dim, args, device)
     compile_networks(args, (networks["denoiser"], networks["denoiser_ema"]), device)
     update, optimizers = make_update(args, networks)
+    updates: dict[float, Callable] = {}
+    for alpha in (args.cql_alpha, args.cql_alpha_online):
+        updates[alpha] = partial(update, cql_alpha=alpha)
+        if device.type == "cuda" and args.compile != "off":
+            updates[alpha] = Captured(updates[alpha])
     online = Buffer(args.online_steps + 1, data.shape[1], device)
     synthetic = Buffer(args.samples, data.shape[1], device)
     interaction = Interaction(make_env(), args.seed)
@@ -1514,8 +1562,8 @@ def main(args: Args) -> dict[str, Any]:
         if not offline:
             batch = torch.cat([batch, online.sample(args.batch_size - n)])
         s, a, next_s, r, mask, mc = batch.split([obs_dim, act_dim, obs_dim, 1, 1, 1], dim=1)
-        cql_alpha = args.cql_alpha if offline else args.cql_alpha_online
-        metrics = update(s, a, next_s, r[:, 0], mask[:, 0], mc[:, 0], cql_alpha)
+        update = updates[args.cql_alpha if offline else args.cql_alpha_online]
+        metrics = update(s=s, a=a, next_s=next_s, r=r[:, 0], mask=mask[:, 0], mc=mc[:, 0])
         run.progress["step"] += 1
         run.bar.update()
         if notes:

@@ -130,7 +130,10 @@ class Args:
     policy_target_every: int = 5  # updates between two moves of the policy's target
     # speed
     num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the networks; auto: for cuda only
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the networks, on cuda also each update as one CUDA graph; auto: for cuda only"""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """of float32 products, where the hardware has less: high for TF32, medium for bfloat16"""
 
 
 # ------------------------------------------------------------------------------------------------------------- PRESETS
@@ -166,7 +169,7 @@ PRESETS["hopper-medium-replay-mini"] = {**MINI, "gamma": 0.99, "tau": 0.005}  # 
 RESUMABLE = {
     "resume", "num_updates", "device", "log_every", "save_every", "runs_dir", "track", "wandb_project", "wandb_entity",
     "wandb_group", "wandb_mode", "dataset_path", "eval_every", "eval_episodes", "eval_candidates", "capture_video",
-    "num_threads", "compile",
+    "num_threads", "compile", "matmul_precision",
 }  # fmt: skip
 
 
@@ -508,6 +511,7 @@ class Diffusion:
             return torch.as_tensor(np.asarray(values), dtype=torch.float32, device=device)
 
         self.K, self.sampler, self.steps = K, sampler, steps
+        self.index = torch.arange(K, device=device)  # steps as the network is given them
         self.draws = K + 1 if sampler == "ddpm" else 1  # Gaussian vectors that a sample takes
         self.sqrt_alpha_bar, self.sqrt_one_minus_alpha_bar = table(alpha_bar**0.5), table((1 - alpha_bar) ** 0.5)
         # Weight of the ELBO; 1 - abar^0 = 0 is replaced by 1 - abar^1, as is usual for the posterior's variance
@@ -531,7 +535,7 @@ class Diffusion:
         """a^k of actions (B, A), steps (B,) and noise (B, A)."""
         return self.sqrt_alpha_bar[k, None] * a0 + self.sqrt_one_minus_alpha_bar[k, None] * epsilon
 
-    def approximate_action(self, a_k: Tensor, k: Tensor, epsilon: Tensor) -> Tensor:
+    def approximate_action(self, a_k: Tensor, k: Tensor | int, epsilon: Tensor) -> Tensor:
         """a_hat^0 (B, A); clipped to the action range as in the official code: no gradient from beyond."""
         a0 = (a_k - self.sqrt_one_minus_alpha_bar[k, None] * epsilon) / self.sqrt_alpha_bar[k, None]
         return a0.clamp(-1, 1)
@@ -545,19 +549,19 @@ class Diffusion:
     def ddpm(self, policy: Policy, s: Tensor, noise: Tensor) -> Tensor:
         """Ancestral sampling; noise (K + 1, B, A): a^K, then one per step."""
         a = noise[0]
-        for k, z in zip(torch.arange(self.K - 1, -1, -1, device=s.device), noise[1:], strict=True):
-            a0 = self.approximate_action(a, k, policy(s, a, k))
+        for k, z in zip(range(self.K - 1, -1, -1), noise[1:], strict=True):
+            a0 = self.approximate_action(a, k, policy(s, a, self.index[k]))
             a = self.posterior_a0[k] * a0 + self.posterior_ak[k] * a + self.posterior_std[k] * z  # std is 0 at the end
         return a
 
     def ddim(self, policy: Policy, s: Tensor, a: Tensor) -> Tensor:
         """Deterministic (eta = 0) sampling from a^K (B, A) over evenly spaced steps."""
-        steps = torch.linspace(self.K - 1, 0, self.steps, device=s.device).round().long()
+        steps = np.linspace(self.K - 1, 0, self.steps).round().astype(int).tolist()
         for k, k_next in itertools.pairwise(steps):
-            a0 = self.approximate_action(a, k, policy(s, a, k))
+            a0 = self.approximate_action(a, k, policy(s, a, self.index[k]))
             epsilon = (a - self.sqrt_alpha_bar[k] * a0) / self.sqrt_one_minus_alpha_bar[k]
             a = self.sqrt_alpha_bar[k_next] * a0 + self.sqrt_one_minus_alpha_bar[k_next] * epsilon
-        return self.approximate_action(a, steps[-1], policy(s, a, steps[-1]))
+        return self.approximate_action(a, steps[-1], policy(s, a, self.index[steps[-1]]))
 
     def dpm_solver(self, policy: Policy, s: Tensor, a: Tensor) -> Tensor:
         """Singlestep DPM-Solver from a^K (B, A)."""
@@ -660,6 +664,42 @@ def compile_networks(args: Args, networks: Iterable[nn.Module], device: torch.de
         network.compile()
 
 
+class Captured:
+    """An update as one CUDA graph: three calls as they are, the fourth is captured, and replayed from then on.
+
+    Tensor arguments are copied in; networks, optimisers and torch's generator are shared; all else is as captured.
+    """
+
+    def __init__(self, update: Callable[..., dict[str, Tensor]]) -> None:
+        self.update, self.calls, self.graph = update, 0, None
+
+    def capture(self, inputs: dict[str, Tensor]) -> None:
+        self.inputs = {name: x.clone() for name, x in inputs.items()}
+        graph: Any = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):  # records, computes nothing
+                self.metrics = self.update(**self.inputs)
+            self.graph = graph
+        except RuntimeError as error:
+            print(f"warning: no CUDA graph: {str(error).splitlines()[0]}; goes on without", file=sys.stderr)
+
+    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls == 4:
+            self.capture(inputs)
+        if self.graph is None:  # compiler, cuBLAS and autograd set themselves up, on a stream that can be captured
+            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                metrics = self.update(**inputs)
+            current.wait_stream(stream)
+            return metrics
+        for name, x in inputs.items():
+            self.inputs[name].copy_(x)
+        self.graph.replay()
+        return self.metrics
+
+
 def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
     """The update of Algorithm 1 with CRR's weights, a batch and its random draws -> metrics, and its optimisers."""
     policy, critic, policy_target, critic_target = networks.values()
@@ -669,7 +709,8 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
     policy_target_vector = flatten(policy_target)
     parameters = {name: list(networks[name].parameters()) for name in vectors}
     device = vectors["policy"][0].device
-    adam = partial(torch.optim.Adam, lr=args.lr, fused=device.type in ("cpu", "cuda"))
+    cuda = device.type == "cuda"
+    adam = partial(torch.optim.Adam, lr=args.lr, fused=cuda or device.type == "cpu", capturable=cuda)
     optimizers = {name: adam(vector) for name, vector in vectors.items()}
 
     def descend(name: str, loss: Tensor) -> None:
@@ -1034,6 +1075,9 @@ def set_up(args: Args) -> torch.device:
     except Exception as error:  # every backend has its own kind
         fail(f"--device {args.device}: {(str(error) or repr(error)).splitlines()[0]}")
     torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if sys.platform == "linux":  # keep freed activations: glibc gives them back, and each update faults them in anew
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(option, 32 << 20)
@@ -1077,6 +1121,8 @@ def main(args: Args) -> dict[str, Any]:
     networks = make_networks(obs_dim, act_dim, device)
     compile_networks(args, networks.values(), device)
     update, optimizers = make_update(args, diffusion, networks)
+    if device.type == "cuda" and args.compile != "off":
+        update = Captured(update)
     state = networks | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     if saved:
         run.restore(state)
@@ -1115,7 +1161,7 @@ def main(args: Args) -> dict[str, Any]:
         index = torch.randint(len(data), (args.batch_size,), device=device)
         s, a, next_s, r, mask = data[index].split([obs_dim, act_dim, obs_dim, 1, 1], dim=1)
         chance = draw(args, diffusion, act_dim, device, step)
-        metrics = update(s, a, next_s, r[:, 0], mask[:, 0], **chance)
+        metrics = update(s=s, a=a, next_s=next_s, r=r[:, 0], mask=mask[:, 0], **chance)
         run.progress["step"] += 1
         run.bar.update()
 

@@ -196,6 +196,16 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
         "signal.SIG_IGN",
         "before_the_first",
     ),
+    "run: a critic that a graph freezes": (
+        "edp_td3.py",
+        "torch.where(first_critic, q1, q2), torch.where(first_critic, q2, q1)",
+        "(q1, q2) if first_critic else (q2, q1)",
+        "captured or waits",
+    ),
+    "run: a schedule that a graph freezes": ("edp_crr.py", ", policy_tau)\n", ", float(policy_tau))\n", "captured"),
+    "run: a graph that sees one batch": ("edp_iql.py", "self.inputs[name].copy_(x)", "pass", "captured"),
+    "run: a sampler that waits": ("edp_iql.py", "zip(range(self.K - 1, -1, -1)", "zip(self.index.flip(0)", "waits"),
+    "EDIS run: an update that waits": ("edis_sac.py", "exp(), validate_args=False)", "exp())", "waits"),
     "run: pages where there is no compiler": ("edp_iql.py", "}; goes on without", "}", "compil"),
     "EDIS run: a stop waits for the round": (
         "edis_sac.py",
@@ -237,7 +247,7 @@ def survives(script: str, original: str, mutant: str, tests: str = "") -> bool:
         (Path(folder) / script).write_text(mutated)
         names = ["edis_math"] if script == "edis_sac.py" else ["edp_math", "edp_golden"]
         chosen = ["-k", f"({tests}) and ({script[:-3]} or not (edp_ or edis_))"] if tests else []
-        files = [f"tests/test_{name}.py" for name in (("data", "run") if tests else names)]
+        files = [f"tests/test_{name}.py" for name in (("data", "run", "acceleration") if tests else names)]
         command = [sys.executable, "-m", "pytest", "-qx", *files, *chosen]
         code = subprocess.run(command, cwd=folder, capture_output=True).returncode
         if code not in (0, 1):

@@ -628,9 +628,9 @@ def test_what_online_batches_are_made_of(run_edis, augmentation, monkeypatch):
     def spied_make_update(*args):
         update, optimizers = make_update(*args)
 
-        def spied(*batch):
-            batches.append((torch.column_stack(batch[:5]), batch[6]))
-            return update(*batch)
+        def spied(cql_alpha, **batch):
+            batches.append((torch.column_stack([batch[name] for name in ("s", "a", "next_s", "r", "mask")]), cql_alpha))
+            return update(cql_alpha=cql_alpha, **batch)
 
         return spied, optimizers
 

@@ -20,11 +20,12 @@ SHARED = dict.fromkeys((
     "fail", "say", "D4RL", "LEVELS", "D4RL_IDS", "BUNDLED_IDS", "D4RL_URLS", "Columns", "Transform", "KEYS",
     "read_hdf5", "check", "download_d4rl", "load_minari", "load_task", "timeouts_by_limit", "make_transitions", "Mish",
     "MLP", "Critic", "make_envs", "evaluate", "load_checkpoint", "describe", "Run", "set_up", "compile_networks",
+    "Captured",
     *(f"Args.{name}" for name in (
         "exp_name", "seed", "device", "log_every", "save_every", "resume", "runs_dir", "track", "wandb_project",
         "wandb_entity", "wandb_group", "wandb_mode", "dataset_path", "reward_transform",
         "observation_transform", "eval_every", "eval_episodes", "capture_video", "batch_size", "gamma", "tau",
-        "num_threads",
+        "num_threads", "matmul_precision",
     )),
 ), ALL)  # fmt: skip
 SHARED |= dict.fromkeys((

@@ -1,0 +1,185 @@
+"""What a CUDA graph needs, shown on the CPU: a recorder of operations stands in for the graph.
+
+Like a graph it keeps the operations and the tensors of one call; a number that Python read or chose in it is frozen.
+"""
+
+import importlib
+
+import pytest
+import torch
+from conftest import EDP
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CPU = torch.device("cpu")
+FLAGS = {
+    "edp_iql": ["", "--likelihood elbo"],
+    "edp_crr": ["", "--weight binary --advantage-baseline max", "--sampler ddim"],
+    "edp_td3": [
+        "", "--max-q-backup --max-q-candidates 3 --max-q-top-k 2", "--sampler ddpm",
+        "--no-action-approximation --sampler ddpm --beta-schedule vp --diffusion-steps 5",
+    ],
+    "edis_sac": ["", "--no-calibrate", "--cql-alpha 0 --cql-alpha-online 0"],
+}  # fmt: skip
+CASES = [(name, flags) for name, variants in FLAGS.items() for flags in variants]
+
+
+class Recorder(TorchDispatchMode):
+    """As `with torch.cuda.graph(recorder)`: what is computed is recorded and undone; `replay` computes it."""
+
+    def __enter__(self):
+        self.operations, self.made, self.before = [], set(), {}
+        self.rng = torch.get_rng_state()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        values = [*zip(func._schema.arguments, args, strict=False)]
+        values += [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
+        for argument, value in values:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for storage in (x.untyped_storage() for x in tree_leaves(value)):
+                    if storage.data_ptr() not in self.made:
+                        self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = func(*args, **kwargs)
+        new = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        new = [x for x in new if x.untyped_storage().data_ptr() not in given]
+        self.made |= {x.untyped_storage().data_ptr() for x in new}
+        self.operations.append((func, args, kwargs, out, {id(x) for x in new}))
+        return out
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for storage, content in self.before.values():
+            storage.copy_(content)
+        torch.set_rng_state(self.rng)
+
+    @torch.no_grad()
+    def replay(self):
+        for func, args, kwargs, recorded, new in self.operations:
+            for old, value in zip(tree_leaves(recorded), tree_leaves(func(*args, **kwargs)), strict=True):
+                if id(old) in new:
+                    old.copy_(value)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operations that wait for a device: values read, and shapes that depend on values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, masks = (
+            func.overloadpacket.__name__,
+            [x for x in tree_leaves(args) if getattr(x, "dtype", 0) == torch.bool],
+        )
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
+        self.count += name in ("index", "index_put_") and bool(masks)
+        return func(*args, **(kwargs or {}))
+
+
+class Stream:
+    """Of no device."""
+
+    __enter__ = __exit__ = wait_stream = lambda *_: None
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    for name, value in (("CUDAGraph", Recorder), ("Stream", Stream), ("current_stream", Stream)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda x: x)
+
+
+def prepare(name, flags):
+    """An update, batch and chance of step i, networks and optimisers, alike at every call."""
+    script = importlib.import_module(name)
+    args = script.parse_args([*flags.split(), "--batch-size", "32"])
+    torch.manual_seed(0)
+    if name == "edis_sac":
+        networks = script.make_networks(11, 3, args, CPU)
+        update, optimizers = script.make_update(args, networks)
+        update = script.partial(update, cql_alpha=args.cql_alpha)
+    else:
+        steps, order = args.sampler_steps, args.solver_order
+        diffusion = script.Diffusion(args.diffusion_steps, args.sampler, steps, order, CPU, args.beta_schedule)
+        networks = script.make_networks(11, 3, CPU)
+        update, optimizers = script.make_update(args, diffusion, networks)
+
+    def inputs(i):
+        torch.manual_seed(i)
+        batch = {"s": torch.randn(32, 11), "a": torch.rand(32, 3), "next_s": torch.randn(32, 11)}
+        batch |= {"r": torch.randn(32), "mask": (torch.rand(32) < 0.8).float()}
+        if name == "edis_sac":
+            return batch | {"mc": torch.randn(32)}
+        return batch | script.draw(args, diffusion, 3, CPU, 995 + i)  # around the first move of the policy's target
+
+    return script, update, inputs, networks, optimizers
+
+
+@pytest.mark.parametrize("name, flags", CASES)
+def test_a_captured_update_is_the_update(name, flags, stand_in):
+    """Bit for bit over 20 updates, 17 of them replayed: nothing that changes is frozen."""
+    runs = []
+    for captured in (False, True):
+        script, update, inputs, networks, optimizers = prepare(name, flags)
+        if captured:
+            update = script.Captured(update)
+        rows = [{key: x.clone() for key, x in update(**inputs(i)).items()} for i in range(20)]
+        states = [part.state_dict() for part in (*networks.values(), *optimizers.values())]
+        runs.append((rows, states))
+    assert update.graph.operations
+    for eager, replayed in zip(tree_leaves(runs[0]), tree_leaves(runs[1]), strict=True):
+        assert torch.equal(eager, replayed) if isinstance(eager, torch.Tensor) else eager == replayed
+
+
+@pytest.mark.parametrize("name, flags", CASES)
+def test_an_update_waits_for_nothing(name, flags):
+    _, update, inputs, _, _ = prepare(name, flags)
+    update(**inputs(0))
+    with HostReads() as reads:
+        update(**inputs(1))
+    assert reads.count == 0
+
+
+@pytest.mark.parametrize("name", EDP)
+@pytest.mark.parametrize("sampler", ["dpm-solver", "ddim", "ddpm"])
+def test_a_sample_waits_for_nothing(name, sampler):
+    script = importlib.import_module(name)
+    diffusion = script.Diffusion(30, sampler, 15, 3, CPU)
+    with HostReads() as reads, torch.no_grad():
+        diffusion.sample(script.Policy(11, 3), torch.randn(4, 11), torch.randn(diffusion.draws, 4, 3))
+    assert reads.count == 0
+
+
+def test_what_is_counted_as_a_wait():
+    x = torch.arange(3)
+    with HostReads() as reads:
+        x.sum().item(), float(x[0]), bool(x.any()), x[x > 0], x[x[1]], x.nonzero()
+    assert reads.count == 6
+
+
+def test_a_capture_that_fails(stand_in, monkeypatch, capsys):
+    """One line, and the updates go on as they are."""
+
+    def fail(graph):
+        raise RuntimeError("operation not permitted\nand more")
+
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    rows = []
+    for captured in (False, True):
+        script, update, inputs, _, _ = prepare("edp_iql", "")
+        update = script.Captured(update) if captured else update
+        rows.append([update(**inputs(i)) for i in range(6)])
+    assert capsys.readouterr().err == "warning: no CUDA graph: operation not permitted; goes on without\n"
+    assert tree_leaves(rows[0]) == tree_leaves(rows[1])
+
+
+def test_the_precision_of_products_is_set(script):
+    before = torch.get_float32_matmul_precision()
+    try:
+        script.set_up(script.parse_args(["--matmul-precision", "high", "--device", "cpu"]))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
