@@ -2,7 +2,9 @@
 
 Each case runs in a process of its own: Hopper's sizes, random data, one thread unless told otherwise; medians of
 several repetitions. The floor is the time that the update's matrix products would take at the rate of 256 x 256
-products measured in the same process. Writes speed.json and the README's tables. Run it on an idle machine.
+products measured in the same process. Accelerated is what --compile on does: compiled networks, on cuda one graph per
+update. Start-up is that of the script itself, up to its first update. Writes speed.json and the README's tables. Run it
+on an idle machine.
 """
 
 import importlib
@@ -12,17 +14,19 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).resolve().parent
+SCRIPTS = ("edp_iql", "edp_crr", "edp_td3", "edis_sac")
 DDPM = ["--sampler", "ddpm", "--beta-schedule", "vp", "--diffusion-steps"]
 UPDATES = {
     "EDP-IQL": ["edp_iql"],
@@ -33,15 +37,24 @@ UPDATES = {
     "EDIS, SAC's update": ["edis_sac", "--cql-alpha", "0"],
     "EDIS, with the CQL penalty, 2 actions": ["edis_sac", "--cql-actions", "2"],
     "EDIS, with the CQL penalty, 10 actions": ["edis_sac"],
+    **{
+        f"EDP-{x.upper()}, batch {n}": [f"edp_{x}", "--batch-size", str(n)]
+        for n in (1024, 4096)
+        for x in ("iql", "td3")
+    },
 }
 SAMPLES = {
     "DPM-Solver, 15 calls, K = 1000": [],
     "DDPM, K = 100": ["--sampler", "ddpm", "--diffusion-steps", "100"],
     "DDPM, K = 1000": ["--sampler", "ddpm"],
 }
-
 DECISIONS = {"one environment": 1, "ten environments at once": 10}
-GENERATIONS = {  # bundled preset; paper's size: data, samples at a time
+STARTS = {
+    "`--help`": ["--help"],
+    "first update": ["--log-every", "1", "--compile", "off"],
+    "first update, `--compile on`": ["--log-every", "1", "--compile", "on"],
+}
+GENERATIONS = {  # bundled preset; paper's size: data, samples at a time on a CPU
     "EDIS, denoiser 3 x 256, energies 3 x 128, 32 levels": ("hopper-medium-mini", 1_000),
     "EDIS, denoiser 6 x 1024, energies 3 x 256, 128 levels": ("hopper-medium-v2", 100),
 }
@@ -57,6 +70,8 @@ class Args:
     """CPU threads"""
     device: str = "cpu"
     """device"""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """of the scripts"""
     seconds: float = 2.0
     """length of one repetition, of five"""
 
@@ -83,34 +98,47 @@ def measure(name: str, args: Args) -> dict[str, float]:
     env_id, samples = GENERATIONS.get(name, ("hopper-medium-v2", 256))
     flags = ["edis_sac"] if name in GENERATIONS else UPDATES.get(name) or ["edp_iql", *SAMPLES.get(name, [])]
     script, device = importlib.import_module(flags[0]), torch.device(args.device)
-    given = script.parse_args(
-        ["--env-id", env_id, "--num-threads", str(args.threads), "--device", args.device, *flags[1:]]
-    )
+    common = ["--env-id", env_id, "--num-threads", str(args.threads), "--device", args.device]
+    given = script.parse_args([*common, "--matmul-precision", args.matmul_precision, "--compile", "on", *flags[1:]])
     script.check_args(given)
     script.set_up(given)
-    s, a = torch.randn(256, 11, device=device), 2 * torch.rand(256, 3, device=device) - 1
-    batch = [s, a, torch.randn_like(s), torch.randn(256, device=device), torch.ones(256, device=device)]
+    B, cuda = given.batch_size, device.type == "cuda"
+    s, a = torch.randn(B, 11, device=device), 2 * torch.rand(B, 3, device=device) - 1
+    batch = {"s": s, "a": a, "next_s": torch.randn_like(s)}
+    batch |= {"r": torch.randn(B, device=device), "mask": torch.ones(B, device=device)}
     if flags[0] == "edis_sac":
         networks = script.make_networks(11, 3, given, device)
         edm = script.EDM(given.sampling_steps, given.churn, device)
         update, _ = script.make_update(given, networks)
+        update, compiled = script.partial(update, cql_alpha=given.cql_alpha), [networks["denoiser_ema"]]
+        batch["mc"] = torch.zeros(B, device=device)
+        samples = given.chunk if cuda else samples
 
-        def step() -> None:
-            update(*batch, torch.zeros_like(batch[3]), given.cql_alpha)
+        def draw() -> dict[str, torch.Tensor]:
+            return {}
     else:
         diffusion = script.Diffusion(
             given.diffusion_steps, given.sampler, given.sampler_steps, given.solver_order, device, given.beta_schedule
         )
         networks = script.make_networks(11, 3, device)
         update, _ = script.make_update(given, diffusion, networks)
+        compiled = list(networks.values())
 
-        def step() -> None:
-            update(*batch, **script.draw(given, diffusion, 3, device, 0))
+        def draw() -> dict[str, torch.Tensor]:
+            return script.draw(given, diffusion, 3, device, 0)
+
+    def accelerate() -> None:
+        nonlocal update
+        script.compile_networks(given, compiled, device)
+        update = script.Captured(update) if cuda else update
+
+    def step() -> None:
+        update(**batch, **draw())
 
     def sample(guidance: Any = None) -> None:
         with torch.no_grad():
             if name in SAMPLES:
-                diffusion.sample(networks["policy"], s, torch.randn(diffusion.draws, 256, 3, device=device))
+                diffusion.sample(networks["policy"], s, torch.randn(diffusion.draws, B, 3, device=device))
             else:
                 edm.sample(networks["denoiser_ema"], torch.randn(samples, 25, device=device), guidance)
 
@@ -122,8 +150,15 @@ def measure(name: str, args: Args) -> dict[str, float]:
         found = {"updates_per_second": rate(step, args.seconds, device)}
         found |= {"gflop_per_update": counter.get_total_flops() / 1e9}
         found |= {"matrix_gflop_per_second": products / 1e9, "floor": products / counter.get_total_flops()}
-    elif name in SAMPLES:
-        found = {"actions_per_second": 256 * rate(sample, args.seconds, device)}
+        memory = peak(device)  # without the compiler's
+        if cuda or flags[0] != "edis_sac":
+            accelerate()
+            found["accelerated"] = rate(step, args.seconds, device)
+        return found | {"peak_MiB": memory}
+    if cuda:
+        accelerate()
+    if name in SAMPLES:
+        found = {"actions_per_second": B * rate(sample, args.seconds, device)}
     elif name in DECISIONS:
         parts, generator = (diffusion, networks["policy"], networks["critic"]), torch.Generator(device)
         s = torch.randn(DECISIONS[name], 11, device=device)
@@ -132,7 +167,29 @@ def measure(name: str, args: Args) -> dict[str, float]:
         guidance = script.make_guidance(networks["energies"], (1.0, 1.0, 1.0), True, given.guidance_clip)
         found = {"unguided_per_second": samples * rate(sample, args.seconds, device)}
         found["guided_per_second"] = samples * rate(lambda: sample(guidance), args.seconds, device)
-    return found | {"peak_MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return found | {"peak_MiB": peak(device)}
+
+
+def peak(device: torch.device) -> float:
+    """MiB: of the device, on a CPU of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def start(script: str, flags: list[str], args: Args) -> float:
+    """Seconds until a script has logged its first update, or has ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(HERE.parent / f"{script}.py"), *flags]
+        command += ["--runs-dir", folder, "--device", args.device] if "--help" not in flags else []
+        begin = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout
+            for line in process.stdout:
+                if "update 1/" in line:
+                    process.kill()
+                    break
+        return time.perf_counter() - begin
 
 
 def main(args: Args) -> None:
@@ -142,20 +199,30 @@ def main(args: Args) -> None:
     results = {}
     for name in [*UPDATES, *SAMPLES, *DECISIONS, *GENERATIONS]:
         command = [sys.executable, __file__, "--case", name, "--threads", str(args.threads), "--device", args.device]
-        command += ["--seconds", str(args.seconds)]
+        command += ["--seconds", str(args.seconds), "--matmul-precision", args.matmul_precision]
         results[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(name, results[name], flush=True)
+    starts = {
+        name: {s: statistics.median(start(s, flags, args) for _ in range(3)) for s in SCRIPTS}
+        for name, flags in STARTS.items()
+    }
     about = {"torch": torch.__version__, "machine": platform.machine(), "device": args.device, "threads": args.threads}
-    about["instructions"] = torch.backends.cpu.get_cpu_capability()
-    (HERE / "speed.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    about |= {"instructions": torch.backends.cpu.get_cpu_capability(), "matmul_precision": args.matmul_precision}
+    (HERE / "speed.json").write_text(
+        json.dumps({**about, "results": results, "seconds_to_start": starts}, indent=1) + "\n"
+    )
     lines = [
-        "| update, batch 256 | updates/s | floor | share of the floor | peak memory, MiB |",
-        "|---|---|---|---|---|",
+        "| update, batch 256 if not said | updates/s | accelerated | floor | share of the floor | peak memory, MiB |",
+        "|---|---|---|---|---|---|",
     ]
     for name in UPDATES:
         r = results[name]
-        speed, floor = r["updates_per_second"], r["floor"]
-        lines.append(f"| {name} | {speed:.1f} | {floor:.1f} | {speed / floor:.2f} | {r['peak_MiB']:.0f} |")
+        speed, floor, fast = (
+            r["updates_per_second"],
+            r["floor"],
+            f"{r['accelerated']:.1f}" if "accelerated" in r else "",
+        )
+        lines.append(f"| {name} | {speed:.1f} | {fast} | {floor:.1f} | {speed / floor:.2f} | {r['peak_MiB']:.0f} |")
     lines += ["", "| sampling, batch 256 | actions/s | peak memory, MiB |", "|---|---|---|"]
     for name in SAMPLES:
         r = results[name]
@@ -168,6 +235,8 @@ def main(args: Args) -> None:
         r = results[name]
         speeds = " | ".join(f"{r[f'{kind}_per_second']:.0f}" for kind in ("guided", "unguided"))
         lines.append(f"| {name} | {speeds} | {r['peak_MiB']:.0f} |")
+    lines += ["", f"| seconds | {' | '.join(f'`{s}.py`' for s in SCRIPTS)} |", "|---|---|---|---|---|"]
+    lines += [f"| {name} | {' | '.join(f'{found[s]:.1f}' for s in SCRIPTS)} |" for name, found in starts.items()]
     lines += ["", f"{args.device}, {args.threads} thread, {about['instructions']}, torch {torch.__version__}."]
     readme = HERE.parent / "README.md"
     mark = "<!-- generated by benchmark_results/speed.py -->\n"
