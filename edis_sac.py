@@ -817,6 +817,7 @@ class Captured:
 
     def __init__(self, update: Callable[..., dict[str, Tensor]]) -> None:
         self.update, self.calls, self.graph = update, 0, None
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # for the three calls
 
     def capture(self, inputs: dict[str, Tensor]) -> None:
         self.inputs = {name: x.clone() for name, x in inputs.items()}
@@ -851,9 +852,11 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
     log_alpha = networks["temperature"]["log_alpha"]
     rates = {"actor": args.actor_lr, "critic": args.critic_lr, "temperature": args.actor_lr}
     parameters = {name: list(networks[name].parameters()) for name in rates}
-    cuda = log_alpha.device.type == "cuda"
-    adam = partial(torch.optim.Adam, fused=cuda or log_alpha.device.type == "cpu", capturable=cuda)
-    optimizers = {name: adam(parameters[name], lr=lr) for name, lr in rates.items()}
+    device = log_alpha.device
+    fused, capturable = device.type in ("cpu", "cuda"), device.type == "cuda" and args.compile != "off"
+    optimizers = {
+        name: torch.optim.Adam(parameters[name], lr, fused=fused, capturable=capturable) for name, lr in rates.items()
+    }
 
     def descend(name: str, loss: Tensor) -> None:
         optimizers[name].zero_grad()
@@ -1379,7 +1382,10 @@ class Run:
         """Networks, optimisers and random generators as the checkpoint has them."""
         try:
             for name, part in state.items():
+                own = [(group["fused"], group["capturable"]) for group in getattr(part, "param_groups", [])]
                 part.load_state_dict(self.saved[name])
+                for i, (fused, capturable) in enumerate(own):  # this device's, not those of the device that saved
+                    part.param_groups[i].update(fused=fused, capturable=capturable)
         except (KeyError, RuntimeError, ValueError) as error:  # of a script whose networks were changed
             fail(f"--resume {self.dir}: the checkpoint does not fit: {error}")
         torch.set_rng_state(self.saved["rng"]["cpu"])

@@ -662,6 +662,7 @@ class Captured:
 
     def __init__(self, update: Callable[..., dict[str, Tensor]]) -> None:
         self.update, self.calls, self.graph = update, 0, None
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # for the three calls
 
     def capture(self, inputs: dict[str, Tensor]) -> None:
         self.inputs = {name: x.clone() for name, x in inputs.items()}
@@ -699,8 +700,8 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
     policy_target_vector = flatten(policy_target)
     parameters = {name: list(networks[name].parameters()) for name in vectors}
     device = vectors["policy"][0].device
-    cuda = device.type == "cuda"
-    adam = partial(torch.optim.Adam, lr=args.lr, fused=cuda or device.type == "cpu", capturable=cuda)
+    capturable = device.type == "cuda" and args.compile != "off"
+    adam = partial(torch.optim.Adam, lr=args.lr, fused=device.type in ("cpu", "cuda"), capturable=capturable)
     optimizers = {name: adam(vector) for name, vector in vectors.items()}
 
     def descend(name: str, loss: Tensor) -> None:
@@ -1032,7 +1033,10 @@ class Run:
         """Networks, optimisers and random generators as the checkpoint has them."""
         try:
             for name, part in state.items():
+                own = [(group["fused"], group["capturable"]) for group in getattr(part, "param_groups", [])]
                 part.load_state_dict(self.saved[name])
+                for i, (fused, capturable) in enumerate(own):  # this device's, not those of the device that saved
+                    part.param_groups[i].update(fused=fused, capturable=capturable)
         except (KeyError, RuntimeError, ValueError) as error:  # of a script whose networks were changed
             fail(f"--resume {self.dir}: the checkpoint does not fit: {error}")
         torch.set_rng_state(self.saved["rng"]["cpu"])

@@ -316,6 +316,24 @@ def test_resume_is_exact(run, script, monkeypatch, killed_at):
     same_run(script, whole, resumed)
 
 
+def test_a_run_goes_on_on_another_device(run, script):
+    """With the optimisers' options of this device, not of the one that saved."""
+    checkpoint = script.Path(run()["run_dir"]) / "checkpoint.pt"
+    saved = torch.load(checkpoint)
+    optimizers = [part for name, part in saved.items() if "optimizer" in name]
+    for part in optimizers:
+        part["param_groups"][0].update(capturable=True, fused=False)
+    torch.save(saved, checkpoint)
+    script.main(
+        parse(
+            script, "--resume", checkpoint.parent, "--num-updates" if "edp" in script.__name__ else "--online-steps", 12
+        )
+    )
+    saved = torch.load(checkpoint)
+    options = [part["param_groups"][0] for name, part in saved.items() if "optimizer" in name]
+    assert [(group["capturable"], group["fused"]) for group in options] == [(False, True)] * len(optimizers)
+
+
 def test_a_finished_run_can_go_on(run, script):
     whole = run("--num-updates", 8)
     first = run("--num-updates", 4)
