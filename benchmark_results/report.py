@@ -2,8 +2,8 @@
 
 Writes the README's tables and two figures. Per data set and variant: means over seeds of the last evaluation, of the
 mean of the last ten and of the best one; the interquartile mean of the last evaluation's episodes over all seeds with a
-95 % bootstrap interval, resampled within seeds; updates per second. For EDIS, the distances of its synthetic
-transitions with and without guidance too.
+95 % bootstrap interval, resampled within seeds. For EDIS, in online steps, the distances of its synthetic transitions
+with and without guidance too.
 """
 
 import csv
@@ -34,7 +34,10 @@ DISTANCES = {
 
 
 class Job(NamedTuple):
-    """A finished run: its evaluations' steps and mean returns, the last one's episodes, result.json, metrics.jsonl."""
+    """A finished run: its evaluations' steps and mean returns, the last one's episodes, result.json, metrics.jsonl.
+
+    EDIS counts from its first online step; what is below 0 is offline.
+    """
 
     steps: list[int]
     curve: list[float]
@@ -60,7 +63,8 @@ def load(folder: Path) -> Job | None:
     curve = [float(np.mean([r for s, r in rows if s == step])) for step in steps]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = [r for s, r in rows if s == steps[-1]]
-    return Job(steps, curve, last, json.loads((folder / "result.json").read_text()), metrics)
+    start = json.loads((folder / "args.json").read_text())["args"].get("offline_updates", {"value": 0})["value"]
+    return Job([step - start for step in steps], curve, last, json.loads((folder / "result.json").read_text()), metrics)
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
@@ -71,7 +75,7 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
 
 def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str]:
     columns = f"data | mean return of the data | algorithm | seeds | {unit} | last | mean of last 10 | best"
-    lines = [f"| {columns} | IQM of last [95 %] | updates/s |", "|" + "---|" * 10]
+    lines = [f"| {columns} | IQM of last [95 %] |", "|" + "---|" * 9]
     for env_id, variants in runs.items():
         for variant, all_jobs in variants.items():
             jobs, name = finished(all_jobs), f"{env_id} | {statistics[env_id]['return_mean']:.0f} | {LABELS[variant]}"
@@ -79,7 +83,7 @@ def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str
                 f"{len(jobs)}, {len(all_jobs) - len(jobs)} diverged" if len(jobs) < len(all_jobs) else f"{len(jobs)}"
             )
             if not jobs:
-                lines.append(f"| {name} | {seeds} |" + " - |" * 6)
+                lines.append(f"| {name} | {seeds} |" + " - |" * 5)
                 continue
             rng = np.random.default_rng(0)  # a row does not depend on the rows before it
             picks = [rng.choice(job.last, (2_000, len(job.last))) for job in jobs]  # within seeds: stratified
@@ -87,9 +91,8 @@ def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str
             iqm = interquartile_mean(np.concatenate([job.last for job in jobs]))
             keys = ("last", "mean_of_last_10", "best")
             means = " | ".join(f"{np.mean([job.result['return'][key] for job in jobs]):.0f}" for key in keys)
-            speed = np.median([job.result["updates_per_second"] for job in jobs])
             middle = f"{iqm:.0f} [{low:.0f}, {high:.0f}]"
-            lines.append(f"| {name} | {seeds} | {jobs[0].steps[-1]} | {means} | {middle} | {speed:.0f} |")
+            lines.append(f"| {name} | {seeds} | {jobs[0].steps[-1]} | {means} | {middle} |")
     return lines
 
 
@@ -124,6 +127,7 @@ def distance_table(runs: Runs) -> list[str]:
 
 
 def draw(runs: Runs, statistics: dict[str, Any], unit: str, path: Path) -> None:
+    """Means over seeds, in bands from the worst seed to the best."""
     size = (5.5 * len(runs), 3.6)
     fig, axes = plt.subplots(1, len(runs), figsize=size, squeeze=False, constrained_layout=True)
     for ax, (env_id, variants) in zip(axes[0], runs.items(), strict=True):
@@ -132,10 +136,10 @@ def draw(runs: Runs, statistics: dict[str, Any], unit: str, path: Path) -> None:
         for variant, jobs in ((variant, finished(jobs)) for variant, jobs in variants.items()):
             if not jobs:
                 continue
-            for job in jobs:
-                ax.plot(job.steps, job.curve, color=COLOURS[variant], linewidth=0.7, alpha=0.4)
+            curves, steps, colour = np.array([job.curve for job in jobs]), jobs[0].steps, COLOURS[variant]
             label = f"{LABELS[variant]}, {len(jobs)} seed{'s' * (len(jobs) > 1)}"
-            ax.plot(jobs[0].steps, np.mean([job.curve for job in jobs], axis=0), color=COLOURS[variant], label=label)
+            ax.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
+            ax.plot(steps, curves.mean(0), color=colour, label=label)
         ax.set(title=env_id, xlabel=unit, ylabel="return")
         ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     fig.savefig(path, dpi=110)
@@ -168,9 +172,9 @@ def main() -> None:
     draw(edp, statistics, "updates", HERE / "learning_curves.png")
     replace("D4RL", d4rl_table(d4rl))
     if edis:
-        replace("EDIS", results_table(edis, statistics, "updates"))
+        replace("EDIS", results_table(edis, statistics, "online steps"))
         replace("distances", distance_table(edis))
-        draw(edis, statistics, "updates (offline, then one per online step)", HERE / "edis_curves.png")
+        draw(edis, statistics, "online steps (below 0: offline updates)", HERE / "edis_curves.png")
 
 
 if __name__ == "__main__":
