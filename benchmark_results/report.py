@@ -2,8 +2,8 @@
 
 Writes the README's tables and two figures. Per data set and variant: means over seeds of the last evaluation, of the
 mean of the last ten and of the best one; the interquartile mean of the last evaluation's episodes over all seeds with a
-95 % bootstrap interval, resampled within seeds. For EDIS, in online steps, the distances of its synthetic transitions
-with and without guidance too.
+95 % bootstrap interval, seeds resampled first, then episodes within each. For EDIS, where all is of the online phase,
+the distances of its synthetic transitions with and without guidance too.
 """
 
 import csv
@@ -22,7 +22,7 @@ README = HERE.parent / "README.md"
 LABELS = {
     "edp_iql": "EDP-IQL", "edp_crr": "EDP-CRR", "edp_td3": "EDP-TD3", "bc": "behaviour cloning",
     "iql": "IQL, feed-forward", "td3_bc": "TD3+BC, feed-forward",
-    "edis": "EDIS", "synther": "without energies (SynthER)", "offline": "real offline data (RLPD)",
+    "edis": "EDIS", "synther": "without energies (SynthER)", "offline": "real offline data instead",
     "none": "online data only", "edis_no_state": "EDIS without E1", "edis_no_policy": "EDIS without E2",
     "edis_no_transition": "EDIS without E3",
 }  # fmt: skip
@@ -85,13 +85,15 @@ def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str
             if not jobs:
                 lines.append(f"| {name} | {seeds} |" + " - |" * 5)
                 continue
+            last = np.array([job.last for job in jobs])
             rng = np.random.default_rng(0)  # a row does not depend on the rows before it
-            picks = [rng.choice(job.last, (2_000, len(job.last))) for job in jobs]  # within seeds: stratified
-            low, high = np.percentile(interquartile_mean(np.concatenate(picks, axis=1)), [2.5, 97.5])
-            iqm = interquartile_mean(np.concatenate([job.last for job in jobs]))
-            keys = ("last", "mean_of_last_10", "best")
-            means = " | ".join(f"{np.mean([job.result['return'][key] for job in jobs]):.0f}" for key in keys)
-            middle = f"{iqm:.0f} [{low:.0f}, {high:.0f}]"
+            seed = rng.integers(len(jobs), size=(10_000, len(jobs), 1))
+            picks = last[seed, rng.integers(last.shape[1], size=(10_000, *last.shape))]
+            low, high = np.percentile(interquartile_mean(picks.reshape(10_000, -1)), [2.5, 97.5])
+            middle = f"{interquartile_mean(last.ravel()):.0f}" + f" [{low:.0f}, {high:.0f}]" * (len(jobs) > 1)
+            curves = [[r for step, r in zip(job.steps, job.curve, strict=True) if step > 0] for job in jobs]
+            scores = np.array([(curve[-1], sum(curve[-10:]) / len(curve[-10:]), max(curve)) for curve in curves])
+            means = " | ".join(f"{value:.0f}" for value in scores.mean(0))
             lines.append(f"| {name} | {seeds} | {jobs[0].steps[-1]} | {means} | {middle} |")
     return lines
 
