@@ -113,7 +113,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the target networks
     max_grad_norm: float = 5.0  # clip of each network's gradient norm; 0: none
-    diffusion_steps: int = 1_000  # K, steps of the noise schedule
+    diffusion_steps: int = 1_000  # K, steps of the noise schedule; below 21 with --beta-schedule vp
     beta_schedule: Literal["linear", "vp"] = "linear"  # vp: Diffusion-QL's, for few steps
     sampler: Literal["dpm-solver", "ddim", "ddpm"] = "dpm-solver"  # how actions are sampled
     sampler_steps: int = 15  # network calls per sample of dpm-solver and ddim; ddpm takes K
@@ -327,7 +327,7 @@ def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple
     elif args.env_id in BUNDLED_IDS:
         path = Path(__file__).parent / "datasets" / f"{args.env_id}.hdf5"
         if not path.exists():
-            fail(f"{path} is missing: copy datasets/ from the repository of this script, or give a D4RL id")
+            fail(f"{path} is missing: copy it from this script's repository, or give --dataset-path or a D4RL id")
     elif args.env_id in D4RL_IDS:
         path = download_d4rl(f"{args.env_id[:-3].replace('-', '_')}-v2.hdf5")
     else:
@@ -360,6 +360,8 @@ def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple
         if "timeouts" not in columns and env.spec and env.spec.max_episode_steps:
             columns["timeouts"] = timeouts_by_limit(columns["terminals"].astype(bool), env.spec.max_episode_steps)
         env.close()
+    if args.dataset_path is not None and args.env_id == Args.env_id:
+        print(f"note: {path} with presets and environment of the default --env-id, {args.env_id}", file=sys.stderr)
     return columns, make_env, reference, source
 
 
@@ -816,22 +818,24 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     try:
         file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
         if file.name != "checkpoint.pt":
-            raise ValueError("a run folder or its checkpoint.pt, since the folder is gone on with")
+            raise ValueError("must be a run folder, or the checkpoint.pt in it")
         if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not look
             raise ValueError(f"{damaged} is damaged")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        Args(**checkpoint["args"])  # KeyError, TypeError: not of this script, or of another version
+        if unknown := checkpoint["args"].keys() - vars(Args()).keys():
+            raise ValueError(f"of another script or version, with {', '.join(sorted(unknown))}")
         return {**checkpoint, "run_dir": str(file.parent)}
     except Exception as error:  # whatever torch.load raises: this is no checkpoint of ours
         fail(f"--resume {path}: {str(error) or type(error).__name__}")
 
 
-def describe(args: Args, source: dict[str, str], device: torch.device) -> dict[str, Any]:
+def describe(args: Args, source: dict[str, str], device: torch.device, saved: dict[str, Any]) -> dict[str, Any]:
     """What args.json holds: arguments and where each came from, versions, device, commit, data file."""
-    preset, arguments = PRESETS.get(args.env_id, {}), {}
+    preset, resumed, arguments = PRESETS.get(args.env_id, {}), saved.get("args", {}), {}
     for field in dataclasses.fields(Args):
-        value, expected = getattr(args, field.name), preset.get(field.name, field.default)
-        origin = "command line" if value != expected else "preset" if field.name in preset else "default"
+        value, expected = getattr(args, field.name), {field.name: field.default, **preset, **resumed}[field.name]
+        origin = "checkpoint" if field.name in resumed else "preset" if field.name in preset else "default"
+        origin = origin if value == expected else "command line"
         arguments[field.name] = {"value": value, "source": origin}
     about = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "h5py")}
     cpu = Path("/proc/cpuinfo")
@@ -864,13 +868,15 @@ class Run:
             if path.exists():  # forget what a killed run logged after its checkpoint: it will come again
                 rows = re.findall(r"([^\d\n]*(\d*).*\n)", path.read_text())  # whole rows, their first number: the step
                 self.replace(path.name, "".join(row for row, step in rows if int(step or 0) <= self.step))
-        about = describe(args, source, device)
+        about = describe(args, source, device, saved)
         before: dict[str, Any] = {}
         with suppress(OSError, ValueError):  # a resume: what the run began with stays in the file
             before = json.loads((self.dir / "args.json").read_text())
         about["resumed_from"] = before.pop("resumed_from", [])
-        if changed := {name: value for name, value in before.items() if name != "args" and value != about.get(name)}:
-            about["resumed_from"].append(changed)
+        changed = {name: value for name, value in before.items() if name != "args" and value != about.get(name)}
+        if saved:
+            about["resumed_from"].append({"step": self.step, **changed})
+        if changed:
             print(f"warning: the run began with {changed}; see {self.dir}/args.json", file=sys.stderr)
         self.replace("args.json", json.dumps(about, indent=1) + "\n")
         arguments = (f"{name} = {entry['value']} ({entry['source']})" for name, entry in about["args"].items())

@@ -187,7 +187,12 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
         "except OSError as error:  #",
         "wandb",
     ),
-    "run: changes forgotten": ("edp_iql.py", 'about["resumed_from"].append(changed)', "pass", "what_changed"),
+    "run: changes forgotten": (
+        "edp_iql.py",
+        'about["resumed_from"].append({"step": self.step, **changed})',
+        "pass",
+        "what_changed",
+    ),
     "run: names with a slash": ("edp_iql.py", 're.sub(r"[/', 're.sub(r"[', "nothing_is_written"),
     "run: MuJoCo's log": ("edp_iql.py", "mujoco.set_mju_user_warning(lambda", "str(lambda", "nothing_is_written"),
     "run: early signals": (

@@ -732,7 +732,8 @@ def test_what_changed_on_resume_is_told_and_kept(run, script, monkeypatch, capsy
         script.main(parse(script, "--resume", first["run_dir"], "--num-updates", 5))
     about = json.loads(path.read_text())
     assert about["commit"] == "third" and "the run began with {'commit'" in capsys.readouterr().err
-    assert about["resumed_from"] == [{"commit": before["commit"]}, {"commit": "other"}]
+    assert about["resumed_from"] == [{"step": 4, "commit": before["commit"]}, {"step": 5, "commit": "other"}]
+    assert about["args"]["batch_size"]["source"] == "checkpoint"
 
 
 def test_nothing_is_written_elsewhere(run, script, tmp_path, monkeypatch):
