@@ -453,9 +453,8 @@ def flatten(network: nn.Module) -> nn.Parameter:
     """All parameters of a network as one vector that they become views of: one tensor for Adam, clip and target."""
     parameters = list(network.parameters())
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    flat.grad = torch.zeros_like(flat)
-    for p, start in zip(parameters, np.cumsum([0] + [p.numel() for p in parameters[:-1]]), strict=True):
-        p.data, p.grad = (x[start : start + p.numel()].view_as(p) for x in (flat.data, flat.grad))
+    for p, values in zip(parameters, flat.data.split([p.numel() for p in parameters]), strict=True):
+        p.data = values.view_as(p)
     return flat
 
 
@@ -663,34 +662,41 @@ class Captured:
     """
 
     def __init__(self, update: Callable[..., dict[str, Tensor]]) -> None:
-        self.update, self.calls, self.graph = update, 0, None
+        self.update, self.calls, self.graph, self.stream = update, 0, None, torch.cuda.Stream()
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # for the three calls
 
-    def capture(self, inputs: dict[str, Tensor]) -> None:
-        self.inputs = {name: x.clone() for name, x in inputs.items()}
+    def capture(self) -> None:
         graph: Any = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):  # records, computes nothing
+        current = torch.cuda.current_stream()
+        try:  # records, computes nothing; a compiler that began anew would wait for the device
+            with torch.compiler.set_stance("fail_on_recompile"), torch.cuda.graph(graph, stream=self.stream):
                 self.metrics = self.update(**self.inputs)
             self.graph = graph
         except RuntimeError as error:
-            print(f"warning: no CUDA graph: {str(error).splitlines()[0]}; goes on without", file=sys.stderr)
+            torch.cuda.set_stream(current)  # which a failed capture does not
+            self.failed, cause = graph, error.__context__ or error  # an error in the capture fails its end too
+            told = (str(cause) or repr(cause)).splitlines()[0]
+            print(f"warning: no CUDA graph: {told}; goes on without", file=sys.stderr)
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
         self.calls += 1
-        if self.calls == 4:
-            self.capture(inputs)
-        if self.graph is None:  # compiler, cuBLAS and autograd set themselves up, on a stream that can be captured
-            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                metrics = self.update(**inputs)
-            current.wait_stream(stream)
-            return metrics
+        if self.calls == 1:  # the same tensors for all calls: others would be compiled for anew
+            self.inputs = {name: x.clone(memory_format=torch.contiguous_format) for name, x in inputs.items()}
         for name, x in inputs.items():
             self.inputs[name].copy_(x)
-        self.graph.replay()
-        return self.metrics
+        if self.calls == 4:
+            self.capture()
+        if self.graph:
+            self.graph.replay()
+            return self.metrics
+        if self.calls >= 4:
+            return self.update(**self.inputs)
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):  # where compiler, cuBLAS and autograd set themselves up for the capture
+            metrics = self.update(**self.inputs)
+        current.wait_stream(self.stream)
+        return metrics
 
 
 def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
@@ -707,10 +713,11 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
     optimizers = {name: adam(vector) for name, vector in vectors.items()}
 
     def descend(name: str, loss: Tensor) -> None:
-        optimizers[name].zero_grad(set_to_none=False)
-        loss.backward(inputs=parameters[name])  # and nothing into the other networks
-        for vector in vectors[name] if args.max_grad_norm > 0 else ():
-            nn.utils.clip_grad_norm_(vector, args.max_grad_norm)
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters[name])])
+        for vector, part in zip(vectors[name], gradient.chunk(len(vectors[name])), strict=True):
+            vector.grad = part
+            if args.max_grad_norm > 0:
+                nn.utils.clip_grad_norm_(vector, args.max_grad_norm)
         optimizers[name].step()
 
     def update(
@@ -1039,10 +1046,10 @@ class Run:
         """Networks, optimisers and random generators as the checkpoint has them."""
         try:
             for name, part in state.items():
-                own = [(group["fused"], group["capturable"]) for group in getattr(part, "param_groups", [])]
+                groups = self.saved[name].get("param_groups", [])
+                for group, own in zip(groups, getattr(part, "param_groups", []), strict=True):
+                    group.update(fused=own["fused"], capturable=own["capturable"])  # of this device
                 part.load_state_dict(self.saved[name])
-                for i, (fused, capturable) in enumerate(own):  # this device's, not those of the device that saved
-                    part.param_groups[i].update(fused=fused, capturable=capturable)
         except (KeyError, RuntimeError, ValueError) as error:  # of a script whose networks were changed
             fail(f"--resume {self.dir}: the checkpoint does not fit: {error}")
         torch.set_rng_state(self.saved["rng"]["cpu"])

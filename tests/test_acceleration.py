@@ -8,7 +8,7 @@ import importlib
 import pytest
 import torch
 from conftest import EDP
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 CPU = torch.device("cpu")
@@ -84,12 +84,21 @@ class Stream:
     __enter__ = __exit__ = wait_stream = lambda *_: None
 
 
+class FailedCapture(Recorder):
+    """As a capture that was not allowed ends: with an error of its own."""
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        raise RuntimeError("capture was invalidated")
+
+
 @pytest.fixture
 def stand_in(monkeypatch):
     for name, value in (("CUDAGraph", Recorder), ("Stream", Stream), ("current_stream", Stream)):
         monkeypatch.setattr(torch.cuda, name, value)
-    for name in ("graph", "stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda x: x)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: graph)
 
 
 def prepare(name, flags):
@@ -109,13 +118,25 @@ def prepare(name, flags):
 
     def inputs(i):
         torch.manual_seed(i)
-        batch = {"s": torch.randn(32, 11), "a": torch.rand(32, 3), "next_s": torch.randn(32, 11)}
-        batch |= {"r": torch.randn(32), "mask": (torch.rand(32) < 0.8).float()}
+        parts = torch.randn(32, 28).split([11, 3, 11, 1, 1, 1], dim=1)  # views of rows, as in main
+        s, a, next_s, r, mask, mc = parts
+        batch = {"s": s, "a": a.tanh(), "next_s": next_s, "r": r[:, 0], "mask": (mask[:, 0] < 1).float()}
         if name == "edis_sac":
-            return batch | {"mc": torch.randn(32)}
+            return batch | {"mc": mc[:, 0]}
         return batch | script.draw(args, diffusion, 3, CPU, 995 + i)  # around the first move of the policy's target
 
     return script, update, inputs, networks, optimizers
+
+
+def spy(update):
+    """The update, and where the tensors of each call lie."""
+    seen = []
+
+    def spied(**inputs):
+        seen.append({name: (x.data_ptr(), x.stride()) for name, x in inputs.items()})
+        return update(**inputs)
+
+    return seen, spied
 
 
 @pytest.mark.parametrize("name, flags", CASES)
@@ -125,11 +146,13 @@ def test_a_captured_update_is_the_update(name, flags, stand_in):
     for captured in (False, True):
         script, update, inputs, networks, optimizers = prepare(name, flags)
         if captured:
+            seen, update = spy(update)
             update = script.Captured(update)
         rows = [{key: x.clone() for key, x in update(**inputs(i)).items()} for i in range(20)]
         states = [part.state_dict() for part in (*networks.values(), *optimizers.values())]
         runs.append((rows, states))
-    assert update.graph.operations
+    assert update.graph.operations and len(seen) == 4
+    assert seen[1:] == seen[:-1]  # other strides would be compiled for anew, in the capture
     for eager, replayed in zip(tree_leaves(runs[0]), tree_leaves(runs[1]), strict=True):
         assert torch.equal(eager, replayed) if isinstance(eager, torch.Tensor) else eager == replayed
 
@@ -160,19 +183,23 @@ def test_what_is_counted_as_a_wait():
     assert reads.count == 6
 
 
-def test_a_capture_that_fails(stand_in, monkeypatch, capsys):
-    """One line, and the updates go on as they are."""
-
-    def fail(graph):
-        raise RuntimeError("operation not permitted\nand more")
-
-    monkeypatch.setattr(torch.cuda, "graph", fail)
+@pytest.mark.parametrize("told", ["operation not permitted\nand more", ""])
+def test_a_capture_that_fails(told, stand_in, monkeypatch, capsys):
+    """One line with the cause, and the updates go on as they are."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FailedCapture)
     rows = []
     for captured in (False, True):
         script, update, inputs, _, _ = prepare("edp_iql", "")
-        update = script.Captured(update) if captured else update
+
+        def failing(update=update, **inputs):
+            if isinstance(_get_current_dispatch_mode(), Recorder):
+                raise RuntimeError(told)
+            return update(**inputs)
+
+        update = script.Captured(failing) if captured else update
         rows.append([update(**inputs(i)) for i in range(6)])
-    assert capsys.readouterr().err == "warning: no CUDA graph: operation not permitted; goes on without\n"
+    expected = told.split("\n")[0] or "RuntimeError('')"
+    assert capsys.readouterr().err == f"warning: no CUDA graph: {expected}; goes on without\n"
     assert tree_leaves(rows[0]) == tree_leaves(rows[1])
 
 

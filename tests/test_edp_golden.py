@@ -134,17 +134,23 @@ def values(golden, prefix):
 
 
 def run_update(script, golden, batch, config, chance, **flags):
-    """One update from the golden weights: its metrics, and the networks after it."""
+    """One update from the golden weights: its metrics, and the networks after it, with their gradients."""
     K, sampler = (1000, "dpm-solver") if config == "dpm1000" else (100, "ddpm")
     flags = {"max_grad_norm": float(golden["meta/max_grad_norm"]), **flags}
     args = script.Args(diffusion_steps=K, sampler=sampler, **flags)
     diffusion = official(script, golden) if K == 1000 else script.Diffusion(K, sampler, 15, 3, CPU)
     networks, every = script.make_networks(11, 3, CPU), golden_networks(script)
     networks = {name: every[name] for name in networks}
-    update, _ = script.make_update(args, diffusion, networks)
+    update, optimizers = script.make_update(args, diffusion, networks)
     transition = [batch[name] for name in ("observations", "actions", "next_observations", "rewards")]
     k, epsilon = T(golden[f"{config}/in/ts"]), T(golden[f"{config}/in/noise"])
-    return update(*transition, 1 - batch["dones"], k=k, epsilon=epsilon, **chance), networks
+    metrics = update(*transition, 1 - batch["dones"], k=k, epsilon=epsilon, **chance)
+    for name, optimizer in optimizers.items():
+        parameters = list(networks[name].parameters())
+        gradient = torch.cat([vector.grad for vector in optimizer.param_groups[0]["params"]])
+        for parameter, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+    return metrics, networks
 
 
 def near_critics_and_norms(metrics, networks, g):
