@@ -133,7 +133,7 @@ class Args:
     calibrate: bool = True  # Cal-QL: the penalty stops at the data's Monte-Carlo return
     # synthetic data
     augmentation: Literal["edis", "synther", "offline", "none"] = "edis"
-    """synthetic data with energies; without (SynthER); real offline data (RLPD); online data only"""
+    """synthetic data with energies; without (SynthER); real offline data, as RLPD; online data only"""
     synthetic_ratio: float = 0.2  # share of the augmentation in an online batch
     round_every: int = 10_000  # online steps between two rounds of training denoiser, models, energies and generating
     first_round: int = 1_000  # online steps before the first round

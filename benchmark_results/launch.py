@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     "edp_iql": {
         "edp_iql": [],
         "bc": ["--inverse-temperature", "0", "--eval-candidates", "1"],
+        "bc_q": ["--inverse-temperature", "0"],
         "iql": ["--guidance-coef", "1", "--diffusion-coef", "0"],
     },
     "edp_crr": {"edp_crr": []},
