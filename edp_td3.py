@@ -113,7 +113,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate of the target networks
     max_grad_norm: float = 5.0  # clip of each network's gradient norm; 0: none
-    diffusion_steps: int = 1_000  # K, steps of the noise schedule; below 21 with --beta-schedule vp
+    diffusion_steps: int = 1_000  # K, steps of the noise schedule; below 21 with the schedule vp
     beta_schedule: Literal["linear", "vp"] = "linear"  # vp: Diffusion-QL's, for few steps
     sampler: Literal["dpm-solver", "ddim", "ddpm"] = "dpm-solver"  # how actions are sampled
     sampler_steps: int = 15  # network calls per sample of dpm-solver and ddim; ddpm takes K
