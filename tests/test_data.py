@@ -196,7 +196,7 @@ def test_unknown_id(script, capsys):
 def test_missing_bundled_file(script, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(script, "__file__", str(tmp_path / "copied.py"))
     line = error_of(capsys, lambda: script.load_task(args_of(script, env_id="hopper-medium-mini")))
-    assert "copy datasets/" in line
+    assert "copy it from" in line
 
 
 def test_environments(script, monkeypatch, tmp_path):
