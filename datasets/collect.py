@@ -1,8 +1,9 @@
-"""Make the bundled Hopper data sets: train SAC, roll out its policies, write D4RL's HDF5 layout.
+"""Make small data sets: train SAC, roll out its policies, write D4RL's HDF5 layout.
 
     pip install -r datasets/requirements.txt          # a development environment of its own, not the project's
-    python datasets/collect.py train --seed 0         # about an hour on one core; writes WORK_DIR
-    python datasets/collect.py write --seed 0         # three HDF5 files and a histogram beside this file
+    python datasets/collect.py train                  # Hopper, about an hour on one core; writes WORK_DIR
+    python datasets/collect.py write                  # three HDF5 files and a histogram beside this file
+    python datasets/collect.py train --agent walker2d # and halfcheetah
 
 The protocol is D4RL's (Fu et al., 2020, arXiv 2004.07219): "medium" is a SAC policy stopped at about a third of the
 expert's return, "medium-replay" everything the learner saw until then, "medium-expert" half medium, half expert
@@ -22,16 +23,21 @@ import h5py
 import numpy as np
 import tyro
 
-ENV_ID = "Hopper-v4"
-EXPERT_REFERENCE = 3234.3  # D4RL's reference_max of Hopper: "a third of the expert" is measured against it
+AGENTS = {  # environment and D4RL's reference_max, against which "a third of the expert" is measured
+    "hopper": ("Hopper-v4", 3234.3),
+    "walker2d": ("Walker2d-v4", 4592.3),
+    "halfcheetah": ("HalfCheetah-v4", 12135.0),
+}
 
 
 @dataclass
 class Args:
-    """Train SAC on Hopper-v4, or write the three data sets from what `train` left."""
+    """Train SAC, or write the three data sets from what `train` left."""
 
     stage: tyro.conf.Positional[Literal["train", "write"]]
     """train: run SAC, keep every transition and a policy every `eval_every` steps; write: the HDF5 files"""
+    agent: Literal["hopper", "walker2d", "halfcheetah"] = "hopper"
+    """which robot"""
     seed: int = 0
     """seed of SAC, of the environment and of the rollouts"""
     steps: int = 320_000
@@ -42,8 +48,8 @@ class Args:
     """episodes an evaluation averages"""
     rows: int = 100_000
     """transitions a file holds at least (whole episodes)"""
-    work_dir: Path = Path("sac_hopper")
-    """where `train` writes its policies, transitions and evaluations; one folder per seed below it"""
+    work_dir: Path = Path("sac")
+    """where `train` writes its policies, transitions and evaluations; one folder per agent and seed below it"""
     out_dir: Path = Path(__file__).parent
     """where `write` puts the HDF5 files"""
 
@@ -108,9 +114,9 @@ def episode_returns(cols: dict[str, np.ndarray]) -> np.ndarray:
 def train(args: Args) -> None:
     from sbx import SAC  # JAX: twice the speed of PyTorch's SAC on one core
 
-    folder = args.work_dir / str(args.seed)
+    folder, env_id = args.work_dir / args.agent / str(args.seed), AGENTS[args.agent][0]
     folder.mkdir(parents=True, exist_ok=True)
-    env, eval_env = Recorder(gym.make(ENV_ID)), Recorder(gym.make(ENV_ID))
+    env, eval_env = Recorder(gym.make(env_id)), Recorder(gym.make(env_id))
     eval_env.reset(seed=args.seed + 1_000)
     # eight environment steps, then eight updates: the same ratio as SAC's one to one, with less overhead
     model = SAC("MlpPolicy", env, seed=args.seed, learning_starts=5_000, batch_size=128, train_freq=8, gradient_steps=8)
@@ -132,17 +138,20 @@ def train(args: Args) -> None:
 def write(args: Args) -> None:
     from sbx import SAC
 
-    folder = args.work_dir / str(args.seed)
+    folder, (env_id, expert_reference) = args.work_dir / args.agent / str(args.seed), AGENTS[args.agent]
     with open(folder / "evaluations.csv") as file:
         evaluations = [(int(row["step"]), float(row["return_mean"])) for row in csv.DictReader(file)]
     # medium: the first policy past a third of the expert's return; expert: the best evaluation
-    medium_step = next(step for step, mean in evaluations if mean >= EXPERT_REFERENCE / 3)
+    good = [step for step, mean in evaluations if mean >= expert_reference / 3]
+    if not good:
+        raise SystemExit(f"no policy in {folder} reached a third of the expert's {expert_reference}: train longer")
+    medium_step = good[0]
     expert_step = max(evaluations, key=lambda row: row[1])[0]
 
     rollouts, policy_returns = {}, {}
     for name, step in {"medium": medium_step, "expert": expert_step}.items():
         policy = SAC.load(folder / f"policy_{step}.zip")
-        modes, env = Recorder(gym.make(ENV_ID)), Recorder(gym.make(ENV_ID))
+        modes, env = Recorder(gym.make(env_id)), Recorder(gym.make(env_id))
         for recorder in (modes, env):
             recorder.reset(seed=args.seed + 2_000)
         rollout(policy, modes, episodes=10, mode=True)
@@ -163,14 +172,15 @@ def write(args: Args) -> None:
         stop = int(ends[np.searchsorted(ends, args.rows // 2)]) + 1
         half[name] = {k: v[:stop] for k, v in cols.items()}
     files = {
-        "hopper-medium-mini": (rollouts["medium"].columns(), "medium"),
-        "hopper-medium-replay-mini": (replay, "replay buffer up to medium"),
-        "hopper-medium-expert-mini": (
+        f"{args.agent}-medium-mini": (rollouts["medium"].columns(), "medium"),
+        f"{args.agent}-medium-replay-mini": (replay, "replay buffer up to medium"),
+        f"{args.agent}-medium-expert-mini": (
             {k: np.concatenate([half["medium"][k], half["expert"][k]]) for k in half["medium"]},
             "half medium, half expert",
         ),
     }
-    statistics: dict[str, dict[str, Any]] = {}
+    path = args.out_dir / "statistics.json"  # of all agents
+    statistics: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     for name, (cols, policy) in files.items():
         returns = episode_returns(cols)
         statistics[name] = {
@@ -182,7 +192,7 @@ def write(args: Args) -> None:
             "return_max": round(float(returns.max()), 1),
         }
         metadata = {
-            "env_id": ENV_ID,
+            "env_id": env_id,
             "algorithm": f"SAC (sbx-rl {version('sbx-rl')})",
             "policy": policy,
             "medium_step": medium_step,
@@ -200,9 +210,10 @@ def write(args: Args) -> None:
                 out.create_dataset(key, data=col, compression="gzip", compression_opts=9, shuffle=True)
             for key, value in metadata.items():
                 out[f"metadata/{key}"] = value
-    statistics["policies"] = {"medium_step": medium_step, "expert_step": expert_step, "returns": policy_returns}
-    (args.out_dir / "statistics.json").write_text(json.dumps(statistics, indent=1) + "\n")
-    plot(files, args.out_dir / "returns.png")
+    policies = {"medium_step": medium_step, "expert_step": expert_step, "returns": policy_returns}
+    statistics[f"{args.agent} policies"] = policies
+    path.write_text(json.dumps(statistics, indent=1) + "\n")
+    plot(files, args.out_dir / f"{args.agent}.png")
     print(json.dumps(statistics, indent=1))
 
 
@@ -214,9 +225,10 @@ def plot(files: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, len(files), figsize=(12, 3), sharex=True, constrained_layout=True)
-    for ax, (name, (cols, _)) in zip(axes, files.items(), strict=True):
-        returns = episode_returns(cols)
-        ax.hist(returns, bins=40, range=(0, 3600), color="#4477aa")
+    every = {name: episode_returns(cols) for name, (cols, _) in files.items()}
+    span = (min(0.0, *map(np.min, every.values())), 1.15 * max(map(np.max, every.values())))
+    for ax, (name, returns) in zip(axes, every.items(), strict=True):
+        ax.hist(returns, bins=40, range=span, color="#4477aa")
         ax.axvline(returns.mean(), color="#cc6677", label=f"mean {returns.mean():.0f}")
         ax.set(title=name, xlabel="episode return")
         ax.legend(frameon=False)
