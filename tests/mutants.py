@@ -67,8 +67,8 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
     ),
     "TD3: no clip of the gradient": (
         "edp_td3.py",
-        "if args.max_grad_norm > 0 else ()",
-        "if args.max_grad_norm < 0 else ()",
+        "if args.max_grad_norm > 0:",
+        "if args.max_grad_norm < 0:",
     ),
     "Diffusion-QL: no gradient through the sample": (
         "edp_td3.py",
@@ -89,9 +89,9 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
     ),
     "Diffusion-QL: only the last step": (
         "edp_td3.py",
-        "a0 = self.approximate_action(a, k, policy(s, a, k))\n            a =",
-        "a0 = self.approximate_action(a, k, policy(s, a.detach(), k)).detach() if k else "
-        "self.approximate_action(a, k, policy(s, a, k))\n            a =",
+        "a0 = self.approximate_action(a, k, policy(s, a, self.index[k]))\n            a = self.posterior",
+        "a0 = self.approximate_action(a, k, policy(s, a.detach(), self.index[k])).detach() if k else "
+        "self.approximate_action(a, k, policy(s, a, self.index[k]))\n            a = self.posterior",
     ),
     "EDIS: no factor sigma": ("edis_sac.py", "d + sigma * guidance(x, sigma)", "d + guidance(x, sigma)"),
     "EDIS: Euler for Heun": ("edis_sac.py", "(d + derivative(x_next, sigma_next)) / 2", "d"),
@@ -209,9 +209,31 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
     ),
     "run: a schedule that a graph freezes": ("edp_crr.py", ", policy_tau)\n", ", float(policy_tau))\n", "captured"),
     "run: a graph that sees one batch": ("edp_iql.py", "self.inputs[name].copy_(x)", "pass", "captured"),
+    "run: a graph of other tensors than before": (
+        "edp_iql.py",
+        "self.inputs[name].copy_(x)",
+        "self.inputs[name] = x",
+        "captured",
+    ),
+    "run: pages where there is no graph": (
+        "edp_iql.py",
+        "(str(cause) or repr(cause)).splitlines()[0]",
+        "cause",
+        "capture",
+    ),
+    "run: the gradient of one critic for both": (
+        "edp_iql.py",
+        "gradient.chunk(len(vectors[name]))",
+        "gradient.chunk(len(vectors[name]))[::-1]",
+    ),
     "run: a sampler that waits": ("edp_iql.py", "zip(range(self.K - 1, -1, -1)", "zip(self.index.flip(0)", "waits"),
     "EDIS run: an update that waits": ("edis_sac.py", "exp(), validate_args=False)", "exp())", "waits"),
-    "run: pages where there is no compiler": ("edp_iql.py", "}; goes on without", "}", "compil"),
+    "run: pages where there is no compiler": (
+        "edp_iql.py",
+        "(str(error) or repr(error)).splitlines()[0]}; goes",
+        "error}; goes",
+        "compil",
+    ),
     "EDIS run: a stop waits for the round": (
         "edis_sac.py",
         "run.nothing_to_save = due",

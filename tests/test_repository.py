@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 
+import mutants
 import pytest
 from conftest import ROOT, SCRIPTS
 
@@ -105,3 +106,9 @@ def test_equations_are_where_the_readme_says(name):
     named = {part for cell in cells for code in re.findall(r"`([\w.]+)`", cell) for part in code.split(".")}
     defined = set(re.findall(r"(?:def|class) (\w+)", (ROOT / f"{name}.py").read_text()))
     assert len(named) >= 5 and named - defined <= {"edp_iql", "py"}, named - defined
+
+
+def test_the_mutants_fit():
+    """Each breaks one place; whether a test sees it, `python tests/mutants.py` tells."""
+    for name, (script, original, *_) in mutants.MUTANTS.items():
+        assert (ROOT / script).read_text().count(original) == 1, name
