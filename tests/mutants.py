@@ -226,6 +226,20 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
         "gradient.chunk(len(vectors[name]))",
         "gradient.chunk(len(vectors[name]))[::-1]",
     ),
+    "run: the optimiser of another device": (
+        "edp_iql.py",
+        'group.update(fused=own["fused"], capturable=own["capturable"])',
+        "pass",
+        "another_device",
+    ),
+    "run: precision ignored": (
+        "edp_iql.py",
+        "torch.set_float32_matmul_precision(args.matmul_precision)",
+        "pass",
+        "precision",
+    ),
+    "run: source of a checkpoint's values": ("edp_iql.py", 'saved.get("args", {}), {}', "{}, {}", "what_changed"),
+    "data: no word of the default id": ("edp_iql.py", "args.env_id == Args.env_id:", "False:", "default_id_is_told"),
     "run: a sampler that waits": ("edp_iql.py", "zip(range(self.K - 1, -1, -1)", "zip(self.index.flip(0)", "waits"),
     "EDIS run: an update that waits": ("edis_sac.py", "exp(), validate_args=False)", "exp())", "waits"),
     "run: pages where there is no compiler": (

@@ -199,6 +199,13 @@ def test_missing_bundled_file(script, monkeypatch, tmp_path, capsys):
     assert "copy it from" in line
 
 
+def test_a_file_under_the_default_id_is_told(script, hopper_file, capsys):
+    """Whose presets and environment it gets; an id of one's own says so itself."""
+    for env_id, lines in ((script.Args.env_id, 1), ("hopper-medium-v2", 0)):
+        script.load_task(args_of(script, env_id=env_id, dataset_path=str(hopper_file)))
+        assert capsys.readouterr().err.count(f"note: {hopper_file}") == lines
+
+
 def test_environments(script, monkeypatch, tmp_path):
     """Each D4RL agent's environment has the shapes of its files, and no deprecation warning is seen."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
