@@ -36,7 +36,8 @@ def test_launch(copy):
     """Runs what is missing, once; a run that diverged is kept, told, and does not pass for a result."""
     raw = copy / "benchmark_results" / "raw"
     shutil.rmtree(raw)
-    command = ["benchmark_results/launch.py", *"edp_iql --seeds 1 --updates 2 --jobs replay-mini__bc__".split()]
+    flags = "edp_iql --seeds 1 --updates 2 --jobs replay-mini__bc__"
+    command = ["benchmark_results/launch.py", *flags.split()]
     first = call(copy, *command)
     assert first.returncode == 0 and "__bc__0: return" in first.stdout, first
     kept = json.loads((raw / "hopper-medium-replay-mini__bc__0" / "args.json").read_text())
