@@ -3,7 +3,8 @@
 Writes the README's tables and two figures. Per data set and variant: means over seeds of the last evaluation, of the
 mean of the last ten and of the best one; the interquartile mean of the last evaluation's episodes over all seeds with a
 95 % bootstrap interval, seeds resampled first, then episodes within each. For EDIS, where all is of the online phase,
-the distances of its synthetic transitions with and without guidance too.
+its difference to the other variants seed by seed, and the distances of its synthetic transitions with and without
+guidance too.
 """
 
 import csv
@@ -47,11 +48,11 @@ class Job(NamedTuple):
     metrics: list[dict[str, float]]
 
 
-Runs = dict[str, dict[str, list[Job | None]]]  # by data set and variant; None: diverged
+Runs = dict[str, dict[str, dict[str, Job | None]]]  # by data set, variant and seed; None: diverged
 
 
-def finished(jobs: list[Job | None]) -> list[Job]:
-    return [job for job in jobs if job]
+def finished(jobs: dict[str, Job | None]) -> list[Job]:
+    return [job for job in jobs.values() if job]
 
 
 def load(folder: Path) -> Job | None:
@@ -99,6 +100,43 @@ def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str
     return lines
 
 
+def paired_table(runs: Runs) -> list[str]:
+    """EDIS's mean of the last ten evaluations less that of other variants that went on from the same agents."""
+    lines = ["| data | EDIS less | seeds | mean | of each seed |", "|" + "---|" * 5]
+    for env_id, variants in runs.items():
+        means = {
+            variant: {seed: np.mean(job.curve[-10:]) for seed, job in jobs.items() if job}
+            for variant, jobs in variants.items()
+        }
+        ours = means.pop("edis", {})
+        for variant, theirs in means.items():
+            seeds = sorted(ours.keys() & theirs.keys())
+            less = [ours[seed] - theirs[seed] for seed in seeds]
+            each = ", ".join(f"{value:+.0f}" for value in less)
+            if less:
+                lines.append(f"| {env_id} | {LABELS[variant]} | {len(less)} | {np.mean(less):+.0f} | {each} |")
+    return lines
+
+
+def training_table(runs: Runs) -> list[str]:
+    """Mean return of the training episodes that end in each third of the online phase, over seeds."""
+    lines = ["| data | algorithm | seeds | first third | second | last |", "|" + "---|" * 6]
+    for env_id, variants in runs.items():
+        for variant, jobs in ((variant, finished(jobs)) for variant, jobs in variants.items()):
+            thirds = []
+            for job in jobs:
+                offline, total = job.result["updates"] - job.steps[-1], job.steps[-1]
+                ends = [
+                    (row["step"] - offline, row["charts/online_return"])
+                    for row in job.metrics
+                    if "charts/online_return" in row
+                ]
+                thirds.append([np.mean([r for end, r in ends if i < 3 * end / total <= i + 1]) for i in range(3)])
+            means = " | ".join(f"{value:.0f}" for value in np.mean(thirds, axis=0))
+            lines.append(f"| {env_id} | {LABELS[variant]} | {len(jobs)} | {means} |")
+    return lines
+
+
 def d4rl_table(runs: Runs) -> list[str]:
     """Normalised scores, mean of the last ten evaluations: published, and ours where somebody ran it."""
     published, names = json.loads((HERE / "published.json").read_text()), ("edp_td3", "edp_crr", "edp_iql")
@@ -107,7 +145,7 @@ def d4rl_table(runs: Runs) -> list[str]:
     for env_id, scores in published["scores"].items():
         cells = [env_id]
         for name in names:
-            jobs = finished(runs.get(env_id, {}).get(name, []))
+            jobs = finished(runs.get(env_id, {}).get(name, {}))
             score = np.mean([job.result["normalized_score"]["mean_of_last_10"] for job in jobs]) if jobs else None
             cells += [f"{scores[name]}", "not run" if score is None else f"{score:.1f} ({len(jobs)})"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -168,14 +206,15 @@ def main() -> None:
     for env_id, variant, seed in sorted(folders, key=lambda parts: (parts[0], order.index(parts[1]), parts[2])):
         bundled = edp if order.index(variant) < order.index("edis") else edis
         runs = bundled if env_id in statistics else d4rl
-        runs.setdefault(env_id, {}).setdefault(variant, []).append(
-            load(HERE / "raw" / "__".join((env_id, variant, seed)))
-        )
+        jobs = runs.setdefault(env_id, {}).setdefault(variant, {})
+        jobs[seed] = load(HERE / "raw" / "__".join((env_id, variant, seed)))
     replace("EDP", results_table(edp, statistics, "updates"))
     draw(edp, statistics, "updates", HERE / "learning_curves.png")
     replace("D4RL", d4rl_table(d4rl))
     if edis:
         replace("EDIS", results_table(edis, statistics, "online steps"))
+        replace("EDIS, paired", paired_table(edis))
+        replace("EDIS, training", training_table(edis))
         replace("distances", distance_table(edis))
         draw(edis, statistics, "online steps (below 0: offline updates)", HERE / "edis_curves.png")
 

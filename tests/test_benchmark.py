@@ -102,3 +102,20 @@ def test_baselines_prefer_what_is_rewarded(name, tmp_path):
     with torch.no_grad():
         mean = network(torch.as_tensor(columns["observations"])).tanh().mean(0)
     assert mean[0] > 0.3 and mean[1:].abs().max() < 0.2, mean
+
+
+def test_edis_tables():
+    """A seed is compared with itself, where both finished; an episode belongs to the third that it ends in."""
+    from benchmark_results.report import Job, paired_table, training_table
+
+    def job(value, *episodes):
+        metrics = [{"step": step, "charts/online_return": r} for step, r in episodes]
+        return Job([-100, 0, *range(30, 331, 30)], [9.0] * 3 + [value] * 10, [], {"updates": 430}, metrics)
+
+    edis = {"0": job(10.0, (101, 1.0), (210, 3.0), (211, 5.0), (430, 7.0))}
+    edis["1"] = job(20.0, (150, 3.0), (300, 7.0), (400, 10.0))
+    none = {"0": job(4.0), "1": None, "2": job(90.0)}
+    lines = paired_table({"mini": {"edis": edis, "none": none, "offline": {"1": job(30.0)}}})
+    assert lines[2] == "| mini | online data only | 1 | +6 | +6 |"
+    assert lines[3] == "| mini | real offline data instead | 1 | -10 | -10 |"
+    assert training_table({"mini": {"edis": edis}})[2] == "| mini | EDIS | 2 | 2 | 6 | 8 |"
