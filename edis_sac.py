@@ -45,7 +45,6 @@ Deviations:           paper                       published code (liuxhym/EDIS) 
     guidance clip     -                           10 sqrt(D) of the gradient          of sigma times the gradient
     reward            known or learned            diffused                            learned, as is termination
     positives         recent transitions          the whole online buffer             the last --positive-buffer
-    denoiser's data   offline and online          the same                            half online, where they matter
     each round        -                           denoiser anew, 20 energy updates    denoiser goes on, 2000 updates
     first round       -                           at the start                        after 1000 steps, until then
                                                                                       real offline data stand in
@@ -145,7 +144,6 @@ class Args:
     denoiser_layers: int = 6  # its residual blocks
     denoiser_lr: float = 3e-4  # AdamW's learning rate, falling to 0 by a cosine in each round
     denoiser_ema: float = 0.999  # decay of the averaged weights that sample
-    online_share: float = 0.5  # least share of online transitions in what denoiser and models are trained on
     sampling_steps: int = 128  # noise levels of the sampler
     churn: float = 80.0  # S_churn, noise added while sampling
     model_updates: int = 5_000  # updates of reward, termination and mean dynamics per round
@@ -200,7 +198,7 @@ RESUMABLE = {
 # And before the first online step, so that several runs can go on from one pre-trained agent
 ONLINE = {
     "exp_name", "cql_alpha_online", "augmentation", "synthetic_ratio", "round_every", "first_round", "samples", "chunk",
-    "denoiser_updates", "denoiser_batch", "denoiser_lr", "denoiser_ema", "online_share", "sampling_steps", "churn",
+    "denoiser_updates", "denoiser_batch", "denoiser_lr", "denoiser_ema", "sampling_steps", "churn",
     "model_updates", "energy_updates", "energy_batch", "energy_lr", "negatives", "positive_buffer", "pool",
     "state_energy", "policy_energy", "transition_energy", "state_scale", "policy_scale", "transition_scale",
     "full_gradient", "guidance_clip",
@@ -238,7 +236,7 @@ def check_args(args: Args) -> None:
     bounds |= dict.fromkeys(("actor_lr", "critic_lr", "denoiser_lr", "energy_lr"), (1e-12, math.inf))
     free = ["cql_alpha", "cql_alpha_online", "churn", "state_scale", "policy_scale", "transition_scale"]
     bounds |= dict.fromkeys((*free, "guidance_clip"), (0, math.inf))
-    bounds |= dict.fromkeys(("gamma", "tau", "synthetic_ratio", "denoiser_ema"), (0, 1)) | {"online_share": (0, 0.99)}
+    bounds |= dict.fromkeys(("gamma", "tau", "synthetic_ratio", "denoiser_ema"), (0, 1))
     bounds |= {"sampling_steps": (2, 1e4), "samples": (2, 1e7), "seed": (0, 2**32)}
     for name, (low, high) in bounds.items():
         if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):
@@ -1554,9 +1552,7 @@ def main(args: Args) -> dict[str, Any]:
             run.save(state, transform)
         run.nothing_to_save = due  # a stop or a kill during a round: the resume makes it again
         if due and not run.stop:
-            odds = args.online_share / (1 - args.online_share)  # of an online transition, by copies
-            copies = max(1, math.ceil(odds * len(diffused) / len(online)))
-            x = torch.cat([diffused, *[online.recent(len(online))] * copies])
+            x = torch.cat([diffused, online.recent(len(online))])
             rows, found = make_round(x[:, :D], x[:, D], x[:, D + 1], online.recent(args.positive_buffer)[:, :D])
             synthetic.add(rows)
             notes.update({name: float(value) for name, value in found.items()})
