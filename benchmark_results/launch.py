@@ -44,9 +44,10 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     "edis_sac": {
         **{name: ["--augmentation", name] for name in ("edis", "synther", "offline", "none")},
         **{f"edis_no_{name}": [f"--no-{name}-energy"] for name in ("state", "policy", "transition")},
+        "exact": [],
     },
 }
-BASELINES = ("iql", "td3_bc")  # the variants with a file of their own
+BASELINES = ("iql", "td3_bc", "exact")  # the variants with a file of their own
 KEPT = ("args.json", "evaluations.csv", "metrics.jsonl", "result.json", "diagnostics.json")
 
 

@@ -119,3 +119,15 @@ def test_edis_tables():
     assert lines[2] == "| mini | online data only | 1 | +6 | +6 |"
     assert lines[3] == "| mini | real offline data instead | 1 | -10 | -10 |"
     assert training_table({"mini": {"edis": edis}})[2] == "| mini | EDIS | 2 | 2 | 6 | 8 |"
+
+
+def test_exact(tmp_path):
+    """What the energies aim at, by the diagnostics: next states to the bit, actions and states but for chance."""
+    flags = "--offline-updates 2 --online-steps 300 --first-round 260 --model-updates 2 --samples 1000".split()
+    flags += ["--eval-episodes", "1", "--log-every", "50", "--runs-dir", str(tmp_path)]
+    done = call(ROOT, "benchmark_results/baselines/exact.py", *flags)
+    assert done.returncode == 0, done
+    (metrics,) = tmp_path.glob("*/metrics.jsonl")
+    (found,) = (row for row in map(json.loads, metrics.read_text().splitlines()) if "exact/state" in row)
+    assert found["exact/dynamics_rms"] < 1e-5
+    assert abs(found["exact/policy"]) < 0.01 and abs(found["exact/state"]) < 0.02

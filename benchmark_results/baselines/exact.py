@@ -1,0 +1,39 @@
+"""edis_sac.py with what its energies aim at in place of generated samples: how far a perfect generator would get.
+
+python benchmark_results/baselines/exact.py
+
+Recent states, the current policy's actions there, the simulator's next states; rewards and terminations stay learned.
+Takes edis_sac.py's arguments; those of denoiser and energies have no effect.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import edis_sac as edis
+
+
+class Exact(edis.Round):
+    """A round whose transitions are samples of q itself."""
+
+    def __call__(self, x: Tensor, r: Tensor, mask: Tensor, recent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.simulate:
+            edis.fail(f"{self.args.env_id}: only for a simulator whose state can be set from an observation")
+        x, recent, S = self.normalize(x), self.normalize(recent), self.networks["energies"].ends[0]
+        loss = edis.train_model(self.args, self.networks["model"], self.networks["energies"], x, r, mask)
+        s = recent[torch.randint(len(recent), (self.args.samples,), device=recent.device), :S]
+        a = self.policy(s)
+        raw = torch.cat([s, a], dim=1) * self.std[:-S] + self.mean[:-S]
+        next_s = self.simulate(raw[:, :S], raw[:, S:].clamp(-1, 1))
+        made = torch.cat([s, a, (next_s - self.mean[-S:]) / self.std[-S:]], dim=1)
+        found = {f"exact/{name}": value for name, value in self.distances(made[:1_000], recent).items()}
+        return self.rows(made), {"losses/model_loss": loss, **found}
+
+
+edis.Round = Exact  # type: ignore[misc]
+
+if __name__ == "__main__":
+    edis.main(edis.parse_args(["--exp-name", "exact", *sys.argv[1:]]))
