@@ -43,6 +43,7 @@ Deviations:           paper                       published code (liuxhym/EDIS) 
     network of E3     -                           an MLP                              an MLP and the residual of s'
     scales lambda_i   -                           per data set, 0.01 to 2             1, as derived
     guidance clip     -                           10 sqrt(D) of the gradient          of sigma times the gradient
+    s' in x           s'                          s'                                  s' - s: errors of a step's size
     reward            known or learned            diffused                            learned, as is termination
     positives         recent transitions          the whole online buffer             the last --positive-buffer
     each round        -                           denoiser anew, 20 energy updates    denoiser goes on, 2000 updates
@@ -561,7 +562,7 @@ class Energies(nn.Module):
         hidden, outputs = (width,) * 3, (1, 1, 1 + obs_dim)
         self.nets = nn.ModuleList(MLP(end + 1, n, hidden) for end, n in zip(self.ends, outputs, strict=True))
         self.behavior = MLP(self.ends[1] + 1, 1, hidden)  # log p_sigma / q_sigma of pairs (s, a) that were acted
-        self.dynamics = MLP(self.ends[1], obs_dim, hidden)  # E[s' - s | s, a], without noise
+        self.dynamics = MLP(self.ends[1], obs_dim, hidden)  # E[s' | s, a] as x has it, without noise
 
     def forward(self, net: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
         """The net's energy (...) of x (..., end) at sigma (...)."""
@@ -569,14 +570,14 @@ class Energies(nn.Module):
         out = net(torch.cat([scaled, sigma.log()[..., None] / 4], dim=-1))
         if net is not self.nets[2]:
             return out[..., 0]
-        S, SA = self.ends[:2]
-        residual = x[..., SA:] - x[..., :S] - self.dynamics(scaled[..., :SA])
+        SA = self.ends[1]
+        residual = x[..., SA:] - self.dynamics(scaled[..., :SA])
         squared = residual.square() / (sigma.square() + 1e-3)[..., None]  # 1e-3: the mean's own error
         return out[..., 0] + (nn.functional.softplus(out[..., 1:]) * squared / (1 + squared / 25)).sum(-1)
 
 
 class TransitionModel(nn.Module):
-    """Reward and logit of termination, each (B,), of x = (s, a, s') (B, D), normalised."""
+    """Reward and logit of termination, each (B,), of (s, a, s') (B, D), s' in the units of s."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -934,17 +935,18 @@ def train_denoiser(args: Args, denoiser: Denoiser, ema: Denoiser, x: Tensor) -> 
     return mean.detach()
 
 
-def train_model(args: Args, model: TransitionModel, energies: Energies, x: Tensor, r: Tensor, mask: Tensor) -> Tensor:
-    """Train rewards, terminations and mean next states on transitions (N, D), (N,), (N,); the mean loss."""
-    parameters, (S, SA, _) = [*model.parameters(), *energies.dynamics.parameters()], energies.ends
+def train_model(
+    args: Args, model: TransitionModel, energies: Energies, x: Tensor, y: Tensor, r: Tensor, mask: Tensor
+) -> Tensor:
+    """Train rewards, terminations (on y) and mean next states (on x) of transitions (N, D), (N,); the mean loss."""
+    parameters, SA = [*model.parameters(), *energies.dynamics.parameters()], energies.ends[1]
     optimizer = torch.optim.Adam(parameters, lr=args.energy_lr, fused=x.device.type in ("cpu", "cuda"))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.model_updates, 1))
     mean = torch.zeros((), device=x.device)
     for _ in range(args.model_updates):
         index = torch.randint(len(x), (args.batch_size,), device=x.device)
-        batch = x[index]
-        reward, logit = model(batch)
-        residual = batch[:, :S] + energies.dynamics(batch[:, :SA]) - batch[:, SA:]
+        reward, logit = model(y[index])
+        residual = energies.dynamics(x[index, :SA]) - x[index, SA:]
         loss = model_loss(reward, logit, r[index], mask[index]) + residual.square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -960,12 +962,28 @@ class Round(NamedTuple):
     args: Args
     networks: dict[str, Any]
     edm: EDM
-    mean: Tensor  # of x = (s, a, s'), (D,), offline data
+    mean: Tensor  # of (s, a, s' - s), (D,), offline data
     std: Tensor
     simulate: Callable[[Tensor, Tensor], Tensor] | None  # s, a -> s' by the environment itself
 
-    def normalize(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
+    @staticmethod
+    def differences(raw: Tensor, S: int) -> Tensor:
+        """(s, a, s') -> (s, a, s' - s): a step is far smaller than what states differ by, errors in s' as well."""
+        return torch.cat([raw[:, :-S], raw[:, -S:] - raw[:, :S]], dim=1)
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """(s, a, s') (B, D) -> x, in the coordinates that are diffused: each dimension of mean 0, deviation 1."""
+        return (self.differences(raw, self.networks["energies"].ends[0]) - self.mean) / self.std
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        x, S = x * self.std + self.mean, self.networks["energies"].ends[0]
+        return torch.cat([x[:, :-S], x[:, -S:] + x[:, :S]], dim=1)
+
+    def inputs(self, raw: Tensor) -> Tensor:
+        """(s, a, s') (B, D) -> the same for the transition model: a fall is told by s', not by s' - s."""
+        S = self.networks["energies"].ends[0]
+        mean, std = (torch.cat([v[:-S], v[:S]]) for v in (self.mean, self.std))
+        return (raw - mean) / std
 
     def policy(self, s: Tensor) -> Tensor:
         """Actions (B, A) of the current policy in normalised states (B, S), normalised."""
@@ -1036,10 +1054,10 @@ class Round(NamedTuple):
         The mask is the probability of going on, which the target is linear in.
         """
         S = self.networks["energies"].ends[0]
-        s, a, next_s = (x * self.std + self.mean).split([S, x.shape[1] - 2 * S, S], dim=1)
+        s, a, next_s = self.denormalize(x).split([S, x.shape[1] - 2 * S, S], dim=1)
         transitions = torch.cat([s, a.clamp(-0.999, 0.999), next_s], dim=1)
         with torch.no_grad():
-            reward, logit = self.networks["model"](self.normalize(transitions))
+            reward, logit = self.networks["model"](self.inputs(transitions))
         tail = [reward, torch.sigmoid(-logit), torch.full_like(reward, -math.inf)]
         return torch.cat([transitions, torch.stack(tail, dim=1)], dim=1)
 
@@ -1065,19 +1083,18 @@ class Round(NamedTuple):
         found["nearest"] = apart.where(apart > 0, math.inf).amin(1).median()
         found["policy"] = energy_distance(quantiles(x[:, S:-S]), quantiles(self.policy(s)))
         if self.simulate:
-            raw = x * self.std + self.mean
+            raw = self.denormalize(x)
             truth = self.simulate(raw[:, :S], raw[:, S:-S].clamp(-1, 1))
-            error = ((truth - raw[:, -S:]) / self.std[-S:]).square().mean(1)
+            error = ((truth - raw[:, -S:]) / self.std[:S]).square().mean(1)
             found |= {"dynamics": error.sqrt().mean(), "dynamics_rms": error.mean().sqrt()}
         return found
 
     def __call__(self, x: Tensor, r: Tensor, mask: Tensor, recent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Train on transitions x (N, D), steer towards the recent ones (M, D); synthetic rows and metrics."""
         args, energies, ema = self.args, self.networks["energies"], self.networks["denoiser_ema"]
-        x, recent = self.normalize(x), self.normalize(recent)
-        loss = train_denoiser(args, self.networks["denoiser"], ema, x)
-        metrics = {"losses/denoiser_loss": loss}
-        metrics["losses/model_loss"] = train_model(args, self.networks["model"], energies, x, r, mask)
+        x, y, recent = self.normalize(x), self.inputs(x), self.normalize(recent)
+        metrics = {"losses/denoiser_loss": train_denoiser(args, self.networks["denoiser"], ema, x)}
+        metrics["losses/model_loss"] = train_model(args, self.networks["model"], energies, x, y, r, mask)
         plain, guidance = self.generate(min(args.samples, 1_000), ema, None), None
         metrics |= {f"unguided/{name}": value for name, value in self.distances(plain, recent).items()}
         real = recent[torch.randint(len(recent), (len(plain),), device=recent.device)]
@@ -1503,7 +1520,8 @@ def main(args: Args) -> dict[str, Any]:
     state |= {"online": online, "synthetic": synthetic, "interaction": interaction}
     if saved:
         run.restore(state)
-    mean, std = diffused[:, :D].mean(0), diffused[:, :D].std(0).clamp(min=1e-3)
+    differences = Round.differences(diffused[:, :D], obs_dim)
+    mean, std = differences.mean(0), differences.std(0).clamp(min=1e-3)
     edm = EDM(args.sampling_steps, args.churn, device)
     make_round = Round(args, networks, edm, mean, std, make_simulator(make_env(), transform, obs_dim))
     actor, generative = networks["actor"], args.augmentation in ("edis", "synther")

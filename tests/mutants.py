@@ -151,6 +151,13 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
     "EDIS: no target update": ("edis_sac.py", "target.lerp_(parameter, args.tau)", "pass"),
     "EDIS: simulator in normalised states": ("edis_sac.py", "truth = self.simulate(raw[", "truth = self.simulate(x["),
     "EDIS: simulator's transform": ("edis_sac.py", "/ transform.obs_scale -", "* transform.obs_scale -"),
+    "EDIS: the difference for s'": ("edis_sac.py", "x[:, -S:] + x[:, :S]]", "x[:, -S:]]", "round_trip or distances"),
+    "EDIS: the difference for the model": (
+        "edis_sac.py",
+        'self.networks["model"](self.inputs(transitions))',
+        'self.networks["model"](self.normalize(transitions))',
+        "round_trip",
+    ),
     "EDIS: termination for survival": ("edis_sac.py", "torch.sigmoid(-logit)", "torch.sigmoid(logit)"),
     "EDIS: no importance weights": ("edis_sac.py", "((q - log_density).logsumexp(0)", "(q.logsumexp(0)"),
     "vp: beta at the step's end": ("edp_td3.py", "(2 * np.arange(K) + 1)", "(2 * np.arange(K) + 2)"),

@@ -123,9 +123,9 @@ def test_edis_tables():
 
 def test_exact(tmp_path):
     """What the energies aim at, by the diagnostics: next states to the bit, actions and states but for chance."""
-    flags = "--offline-updates 2 --online-steps 300 --first-round 260 --model-updates 2 --samples 1000".split()
-    flags += ["--eval-episodes", "1", "--log-every", "50", "--runs-dir", str(tmp_path)]
-    done = call(ROOT, "benchmark_results/baselines/exact.py", *flags)
+    flags = "--offline-updates 2 --online-steps 300 --first-round 260 --model-updates 2 --samples 1000"
+    flags += f" --eval-episodes 1 --log-every 50 --runs-dir {tmp_path}"
+    done = call(ROOT, "benchmark_results/baselines/exact.py", *flags.split())
     assert done.returncode == 0, done
     (metrics,) = tmp_path.glob("*/metrics.jsonl")
     (found,) = (row for row in map(json.loads, metrics.read_text().splitlines()) if "exact/state" in row)

@@ -281,7 +281,7 @@ def test_the_learned_dynamics_show_errors_to_the_transition_energy(monkeypatch):
     flags = {"model_updates": 1_500, "energy_updates": 400, "energy_width": 64, "energy_batch": 128, "pool": 4_000}
     args = edis.dataclasses.replace(ARGS, **flags, energy_lr=3e-3)
     energies, model, (x, r, mask) = edis.Energies(2, 1, 64), edis.TransitionModel(5), a_world(20_000)
-    edis.train_model(args, model, energies, x, r, mask)
+    edis.train_model(args, model, energies, edis.Round.differences(x, 2), x, r, mask)
     test, r, mask = a_world(2_000)
     with torch.no_grad():
         reward, logit = model(test)
@@ -300,10 +300,10 @@ def test_the_learned_dynamics_show_errors_to_the_transition_energy(monkeypatch):
     def pool(self, denoise):
         off, _, _ = a_world(args.pool)
         off[:, 3:] += 0.1 * torch.randn(args.pool, 2)
-        return off + self.edm.sigma[:-1, None, None] * torch.randn(32, args.pool, 5)
+        return self.normalize(off) + self.edm.sigma[:-1, None, None] * torch.randn(32, args.pool, 5)
 
     monkeypatch.setattr(edis.Round, "make_pool", pool)
-    accuracies = work.train_energies(x[:8_000], None)
+    accuracies = work.train_energies(work.normalize(x[:8_000]), None)
     assert accuracies["transition_accuracy_sigma_0.1"] > 0.4  # by chance 1 / 11
     assert max(accuracies[f"{name}_accuracy_sigma_0.1"] for name in ("state", "policy", "behavior")) < 0.15
 
@@ -334,7 +334,10 @@ def test_normalisation_round_trip():
     x = work.normalize(raw)
     rows = work.rows(x)
     assert_close(rows[:, :5], raw, atol=1e-5, rtol=1e-4)
-    reward, logit = model(x)
+    difference = torch.cat([raw[:, :3], raw[:, 3:] - raw[:, :2]], dim=1)
+    assert_close(x, (difference - mean) / std, atol=1e-5, rtol=1e-4)
+    units = mean[[0, 1, 2, 0, 1]], std[[0, 1, 2, 0, 1]]  # the model sees s' in those of s
+    reward, logit = model((raw - units[0]) / units[1])
     assert_close(rows[:, 5], reward)
     assert_close(rows[:, 6], torch.sigmoid(-logit))
     beyond = raw.clone()
@@ -484,7 +487,8 @@ def test_distances():
         assert work.distances(wrong, recent)[name] > right[name] + 0.03
     wrong[::2, 2] = recent[::2, 2]  # half is right: mean 0.25, root mean square 0.5 / sqrt(2)
     found = work.distances(wrong, recent)
-    assert_close(torch.stack([found["dynamics"], found["dynamics_rms"]]), torch.tensor([0.25, 0.125**0.5]))
+    off = 0.5 * 3 / 2  # from deviations of s' - s to those of s
+    assert_close(torch.stack([found["dynamics"], found["dynamics_rms"]]), torch.tensor([off / 2, off / 2**0.5]))
 
 
 def test_simulator_is_the_environment():

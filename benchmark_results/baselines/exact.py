@@ -22,13 +22,14 @@ class Exact(edis.Round):
     def __call__(self, x: Tensor, r: Tensor, mask: Tensor, recent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.simulate:
             edis.fail(f"{self.args.env_id}: only for a simulator whose state can be set from an observation")
-        x, recent, S = self.normalize(x), self.normalize(recent), self.networks["energies"].ends[0]
-        loss = edis.train_model(self.args, self.networks["model"], self.networks["energies"], x, r, mask)
+        energies, recent = self.networks["energies"], self.normalize(recent)
+        S = energies.ends[0]
+        loss = edis.train_model(self.args, self.networks["model"], energies, self.normalize(x), self.inputs(x), r, mask)
         s = recent[torch.randint(len(recent), (self.args.samples,), device=recent.device), :S]
         a = self.policy(s)
         raw = torch.cat([s, a], dim=1) * self.std[:-S] + self.mean[:-S]
         next_s = self.simulate(raw[:, :S], raw[:, S:].clamp(-1, 1))
-        made = torch.cat([s, a, (next_s - self.mean[-S:]) / self.std[-S:]], dim=1)
+        made = self.normalize(torch.cat([raw, next_s], dim=1))
         found = {f"exact/{name}": value for name, value in self.distances(made[:1_000], recent).items()}
         return self.rows(made), {"losses/model_loss": loss, **found}
 
