@@ -106,12 +106,7 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
     "EDIS: E2 without E1": ("edis_sac.py", "e1.detach() + e2", "e2"),
     "EDIS: E3 upon the policy's pairs": ("edis_sac.py", "behavior.detach() + e3", "(e1 + e2).detach() + e3"),
     "EDIS: E3 without the residual": ("edis_sac.py", "* squared / (1 + squared / 25)", "* 0 * squared"),
-    "EDIS: E3's residual from s alone": (
-        "edis_sac.py",
-        "x[..., :S] - self.dynamics(scaled",
-        "x[..., :S] - 0 * self.dynamics(scaled",
-    ),
-    "EDIS: mean dynamics of s'": ("edis_sac.py", "= batch[:, :S] + energies.dynamics(", "= energies.dynamics("),
+    "EDIS: E3 without the dynamics": ("edis_sac.py", "x[..., SA:] - self.dynamics(scaled[..., :SA])", "x[..., SA:]"),
     "EDIS: dynamics not trained": (
         "edis_sac.py",
         "[*model.parameters(), *energies.dynamics.parameters()], ene",
@@ -151,12 +146,11 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
     "EDIS: no target update": ("edis_sac.py", "target.lerp_(parameter, args.tau)", "pass"),
     "EDIS: simulator in normalised states": ("edis_sac.py", "truth = self.simulate(raw[", "truth = self.simulate(x["),
     "EDIS: simulator's transform": ("edis_sac.py", "/ transform.obs_scale -", "* transform.obs_scale -"),
-    "EDIS: the difference for s'": ("edis_sac.py", "x[:, -S:] + x[:, :S]]", "x[:, -S:]]", "round_trip or distances"),
+    "EDIS: the difference for s'": ("edis_sac.py", "x[:, -S:] + x[:, :S]]", "x[:, -S:]]"),
     "EDIS: the difference for the model": (
         "edis_sac.py",
         'self.networks["model"](self.inputs(transitions))',
         'self.networks["model"](self.normalize(transitions))',
-        "round_trip",
     ),
     "EDIS: termination for survival": ("edis_sac.py", "torch.sigmoid(-logit)", "torch.sigmoid(logit)"),
     "EDIS: no importance weights": ("edis_sac.py", "((q - log_density).logsumexp(0)", "(q.logsumexp(0)"),
