@@ -679,7 +679,8 @@ def test_what_online_batches_are_made_of(run_edis, augmentation, monkeypatch):
 
     assert len(batches) == 3 + 17 and len(rounds) == len(given) == (0 if augmentation in ("offline", "none") else 2)
     for n, (x, recent) in zip((9, 13), given, strict=False):
-        assert torch.equal(recent, online[max(0, n - 10) : n, :25]) and sum(among(x, online[:n, :25])) >= len(x) / 2
+        assert torch.equal(recent, online[max(0, n - 10) : n, :25]) and torch.equal(x[-n:], online[:n, :25])
+        assert torch.equal(x[:-n], data[:, :25])  # all offline and all online data
     for i, (batch, cql_alpha) in enumerate(batches):
         offline = i < 3 + 3  # until a batch's worth is online
         assert cql_alpha == (5.0 if offline else 0.5)
