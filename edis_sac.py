@@ -966,6 +966,10 @@ class Round(NamedTuple):
     std: Tensor
     simulate: Callable[[Tensor, Tensor], Tensor] | None  # s, a -> s' by the environment itself
 
+    @property
+    def obs_dim(self) -> int:
+        return self.networks["energies"].ends[0]
+
     @staticmethod
     def differences(raw: Tensor, S: int) -> Tensor:
         """(s, a, s') -> (s, a, s' - s): a step is far smaller than what states differ by, errors in s' as well."""
@@ -973,16 +977,15 @@ class Round(NamedTuple):
 
     def normalize(self, raw: Tensor) -> Tensor:
         """(s, a, s') (B, D) -> x, in the coordinates that are diffused: each dimension of mean 0, deviation 1."""
-        return (self.differences(raw, self.networks["energies"].ends[0]) - self.mean) / self.std
+        return (self.differences(raw, self.obs_dim) - self.mean) / self.std
 
     def denormalize(self, x: Tensor) -> Tensor:
-        x, S = x * self.std + self.mean, self.networks["energies"].ends[0]
+        x, S = x * self.std + self.mean, self.obs_dim
         return torch.cat([x[:, :-S], x[:, -S:] + x[:, :S]], dim=1)
 
     def inputs(self, raw: Tensor) -> Tensor:
         """(s, a, s') (B, D) -> the same for the transition model: a fall is told by s', not by s' - s."""
-        S = self.networks["energies"].ends[0]
-        mean, std = (torch.cat([v[:-S], v[:S]]) for v in (self.mean, self.std))
+        mean, std = (torch.cat([v[: -self.obs_dim], v[: self.obs_dim]]) for v in (self.mean, self.std))
         return (raw - mean) / std
 
     def policy(self, s: Tensor) -> Tensor:
@@ -1053,7 +1056,7 @@ class Round(NamedTuple):
 
         The mask is the probability of going on, which the target is linear in.
         """
-        S = self.networks["energies"].ends[0]
+        S = self.obs_dim
         s, a, next_s = self.denormalize(x).split([S, x.shape[1] - 2 * S, S], dim=1)
         transitions = torch.cat([s, a.clamp(-0.999, 0.999), next_s], dim=1)
         with torch.no_grad():
@@ -1070,7 +1073,7 @@ class Round(NamedTuple):
         square. nearest: the median distance to the nearest other recent transition; far below that of real ones, the
         denoiser copies.
         """
-        S = self.networks["energies"].ends[0]
+        S = self.obs_dim
         s = x[:, :S]
 
         def quantiles(a: Tensor) -> Tensor:  # uniform for the policy's actions, whatever the state

@@ -485,7 +485,7 @@ def test_distances():
         wrong = recent.clone()
         wrong[:, column] += 0.5
         assert work.distances(wrong, recent)[name] > right[name] + 0.03
-    wrong[::2, 2] = recent[::2, 2]  # half is right: mean 0.25, root mean square 0.5 / sqrt(2)
+    wrong[::2, 2] = recent[::2, 2]  # half is right: mean off / 2, root mean square off / sqrt(2)
     found = work.distances(wrong, recent)
     off = 0.5 * 3 / 2  # from deviations of s' - s to those of s
     assert_close(torch.stack([found["dynamics"], found["dynamics_rms"]]), torch.tensor([off / 2, off / 2**0.5]))

@@ -22,8 +22,7 @@ class Exact(edis.Round):
     def __call__(self, x: Tensor, r: Tensor, mask: Tensor, recent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.simulate:
             edis.fail(f"{self.args.env_id}: only for a simulator whose state can be set from an observation")
-        energies, recent = self.networks["energies"], self.normalize(recent)
-        S = energies.ends[0]
+        energies, recent, S = self.networks["energies"], self.normalize(recent), self.obs_dim
         loss = edis.train_model(self.args, self.networks["model"], energies, self.normalize(x), self.inputs(x), r, mask)
         s = recent[torch.randint(len(recent), (self.args.samples,), device=recent.device), :S]
         a = self.policy(s)
