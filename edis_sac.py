@@ -183,8 +183,8 @@ class Args:
 MINI = {
     "observation_transform": "per-dimension", "offline_updates": 6_000, "online_steps": 10_000, "actor_lr": 3e-4,
     "tau": 0.01, "cql_alpha": 10.0, "cql_alpha_online": 10.0, "cql_actions": 2, "synthetic_ratio": 0.5,
-    "round_every": 3_000, "samples": 10_000,
-    "denoiser_updates": 5_000, "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3, "sampling_steps": 32,
+    "round_every": 3_000, "samples": 10_000, "sampling_steps": 32,
+    "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3,
     "model_updates": 5_000, "energy_width": 128, "energy_batch": 128, "pool": 5_000, "eval_every": 1_000,
     "log_every": 250, "save_every": 5_000,
 }  # fmt: skip
@@ -1098,7 +1098,7 @@ class Round(NamedTuple):
         x, y, recent = self.normalize(x), self.inputs(x), self.normalize(recent)
         metrics = {"losses/denoiser_loss": train_denoiser(args, self.networks["denoiser"], ema, x)}
         metrics["losses/model_loss"] = train_model(args, self.networks["model"], energies, x, y, r, mask)
-        plain, guidance = self.generate(min(args.samples, 1_000), ema, None), None
+        plain, guidance = self.generate(min(args.samples, 2_000), ema, None), None
         metrics |= {f"unguided/{name}": value for name, value in self.distances(plain, recent).items()}
         real = recent[torch.randint(len(recent), (len(plain),), device=recent.device)]
         metrics |= {f"recent/{name}": value for name, value in self.distances(real, recent).items()}
