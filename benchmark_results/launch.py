@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EDP_SETS = ("hopper-medium-expert-mini", "hopper-medium-replay-mini")
 SETS = dict.fromkeys(("edp_iql", "edp_crr", "edp_td3"), EDP_SETS)
 SETS["edis_sac"] = ("hopper-medium-mini", "hopper-medium-replay-mini")
+FEW_STEPS = ["--sampler", "ddpm", "--beta-schedule", "vp", "--diffusion-steps", "5"]
 VARIANTS: dict[str, dict[str, list[str]]] = {
     "edp_iql": {
         "edp_iql": [],
@@ -40,7 +41,11 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "iql": ["--guidance-coef", "1", "--diffusion-coef", "0"],
     },
     "edp_crr": {"edp_crr": []},
-    "edp_td3": {"edp_td3": [], "td3_bc": ["--eta", "2.5"]},
+    "edp_td3": {
+        "edp_td3": [],
+        "diffusion_ql": ["--no-action-approximation", *FEW_STEPS, "--eta", "1"],
+        "td3_bc": ["--eta", "2.5"],
+    },
     "edis_sac": {
         **{name: ["--augmentation", name] for name in ("edis", "synther", "offline", "none")},
         **{f"edis_no_{name}": [f"--no-{name}-energy"] for name in ("state", "policy", "transition")},

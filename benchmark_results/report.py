@@ -23,12 +23,13 @@ README = HERE.parent / "README.md"
 LABELS = {
     "edp_iql": "EDP-IQL", "edp_crr": "EDP-CRR", "edp_td3": "EDP-TD3", "bc": "behaviour cloning",
     "bc_q": "behaviour cloning, selected by Q",
-    "iql": "IQL, feed-forward", "td3_bc": "TD3+BC, feed-forward",
+    "diffusion_ql": "Diffusion-QL, 5 steps", "iql": "IQL, feed-forward", "td3_bc": "TD3+BC, feed-forward",
     "edis": "EDIS", "synther": "without energies (SynthER)", "offline": "real offline data instead",
     "none": "online data only", "edis_no_state": "EDIS without E1", "edis_no_policy": "EDIS without E2",
     "edis_no_transition": "EDIS without E3", "exact": "what the energies aim at, exact",
 }  # fmt: skip
-COLOURS = dict(zip(LABELS, map(plt.get_cmap("tab20"), [0, 2, 4, 6, 12, 8, 10, 0, 2, 4, 6, 8, 10, 12, 14]), strict=True))
+SHADES = (0, 2, 4, 6, 12, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 14)
+COLOURS = dict(zip(LABELS, map(plt.get_cmap("tab20"), SHADES), strict=True))
 DISTANCES = {
     "state": "states to the recent ones", "policy": "actions to the policy's", "dynamics": "dynamics error, mean",
     "dynamics_rms": "dynamics error, root mean square",
