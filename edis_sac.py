@@ -936,15 +936,19 @@ def train_denoiser(args: Args, denoiser: Denoiser, ema: Denoiser, x: Tensor) -> 
 
 
 def train_model(
-    args: Args, model: TransitionModel, energies: Energies, x: Tensor, y: Tensor, r: Tensor, mask: Tensor
+    args: Args, model: TransitionModel, energies: Energies, x: Tensor, y: Tensor, r: Tensor, mask: Tensor, recent: int
 ) -> Tensor:
-    """Train rewards, terminations (on y) and mean next states (on x) of transitions (N, D), (N,); the mean loss."""
+    """Train rewards, terminations (on y) and mean next states (on x) of transitions (N, D), (N,); the mean loss.
+
+    Half of each batch comes from the last `recent` rows, of which the energies' positives are.
+    """
     parameters, SA = [*model.parameters(), *energies.dynamics.parameters()], energies.ends[1]
     optimizer = torch.optim.Adam(parameters, lr=args.energy_lr, fused=x.device.type in ("cpu", "cuda"))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.model_updates, 1))
-    mean = torch.zeros((), device=x.device)
+    mean, half = torch.zeros((), device=x.device), args.batch_size // 2
     for _ in range(args.model_updates):
         index = torch.randint(len(x), (args.batch_size,), device=x.device)
+        index[:half] = torch.randint(len(x) - recent, len(x), (half,), device=x.device)
         reward, logit = model(y[index])
         residual = energies.dynamics(x[index, :SA]) - x[index, SA:]
         loss = model_loss(reward, logit, r[index], mask[index]) + residual.square().mean()
@@ -1097,7 +1101,7 @@ class Round(NamedTuple):
         args, energies, ema = self.args, self.networks["energies"], self.networks["denoiser_ema"]
         x, y, recent = self.normalize(x), self.inputs(x), self.normalize(recent)
         metrics = {"losses/denoiser_loss": train_denoiser(args, self.networks["denoiser"], ema, x)}
-        metrics["losses/model_loss"] = train_model(args, self.networks["model"], energies, x, y, r, mask)
+        metrics["losses/model_loss"] = train_model(args, self.networks["model"], energies, x, y, r, mask, len(recent))
         plain, guidance = self.generate(min(args.samples, 2_000), ema, None), None
         metrics |= {f"unguided/{name}": value for name, value in self.distances(plain, recent).items()}
         real = recent[torch.randint(len(recent), (len(plain),), device=recent.device)]

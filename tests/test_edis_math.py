@@ -276,12 +276,29 @@ def a_world(n):
     return x, x[:, 0] + x[:, 4], (x[:, 3] > -1).float()
 
 
+def test_half_of_what_the_models_see_is_recent():
+    """And the other half of all rows alike."""
+    seen, (x, r, mask), energies = [], a_world(1_000), edis.Energies(2, 1, 8)
+    x[:, 0] = torch.arange(1_000)
+
+    class Model(edis.TransitionModel):
+        def forward(self, y):
+            seen.append(y[:, 0])
+            return super().forward(y)
+
+    args = edis.dataclasses.replace(ARGS, model_updates=40)
+    edis.train_model(args, Model(5), energies, x, x, r, mask, 10)
+    counts = torch.cat(seen).int().bincount(minlength=1_000) / 40 / args.batch_size
+    assert counts[-10:].sum() == pytest.approx(0.505, abs=0.02)
+    assert counts[-10:].max() < 0.08 and counts[:500].sum() == pytest.approx(0.25, abs=0.03)
+
+
 def test_the_learned_dynamics_show_errors_to_the_transition_energy(monkeypatch):
     """Models learn reward, termination and s'; then E3 finds true next states among some that are 0.1 off."""
     flags = {"model_updates": 1_500, "energy_updates": 400, "energy_width": 64, "energy_batch": 128, "pool": 4_000}
     args = edis.dataclasses.replace(ARGS, **flags, energy_lr=3e-3)
     energies, model, (x, r, mask) = edis.Energies(2, 1, 64), edis.TransitionModel(5), a_world(20_000)
-    edis.train_model(args, model, energies, edis.Round.differences(x, 2), x, r, mask)
+    edis.train_model(args, model, energies, edis.Round.differences(x, 2), x, r, mask, len(x))
     test, r, mask = a_world(2_000)
     with torch.no_grad():
         reward, logit = model(test)

@@ -23,7 +23,8 @@ class Exact(edis.Round):
         if not self.simulate:
             edis.fail(f"{self.args.env_id}: only for a simulator whose state can be set from an observation")
         energies, recent, S = self.networks["energies"], self.normalize(recent), self.obs_dim
-        loss = edis.train_model(self.args, self.networks["model"], energies, self.normalize(x), self.inputs(x), r, mask)
+        data = (self.normalize(x), self.inputs(x), r, mask)
+        loss = edis.train_model(self.args, self.networks["model"], energies, *data, len(recent))
         s = recent[torch.randint(len(recent), (self.args.samples,), device=recent.device), :S]
         a = self.policy(s)
         raw = torch.cat([s, a], dim=1) * self.std[:-S] + self.mean[:-S]
