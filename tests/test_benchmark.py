@@ -1,5 +1,6 @@
 """The benchmark's launcher and report, in a copy of the repository."""
 
+import importlib
 import json
 import os
 import re
@@ -57,6 +58,19 @@ def test_launch(copy):
     script.write_text(script.read_text().replace("    main(parse_args())", "    raise SystemExit(7)"))
     failed = call(copy, *command)
     assert failed.returncode == 1 and "FAILED with exit code 7" in failed.stdout, failed
+
+
+def test_flags_of_the_variants():
+    """The scripts take them all."""
+    sys.path.insert(0, str(ROOT / "benchmark_results"))
+    import launch
+
+    for name, variants in launch.VARIANTS.items():
+        script = importlib.import_module(name)
+        for variant, flags in variants.items():
+            args = script.parse_args(["--env-id", launch.SETS[name][0], "--exp-name", variant, *flags])
+            script.check_args(args)
+            assert args.exp_name == variant
 
 
 def test_report_is_up_to_date(copy):

@@ -30,7 +30,7 @@ class Exact(edis.Round):
         raw = torch.cat([s, a], dim=1) * self.std[:-S] + self.mean[:-S]
         next_s = self.simulate(raw[:, :S], raw[:, S:].clamp(-1, 1))
         made = self.normalize(torch.cat([raw, next_s], dim=1))
-        found = {f"exact/{name}": value for name, value in self.distances(made[:1_000], recent).items()}
+        found = {f"exact/{name}": value for name, value in self.distances(made[:2_000], recent).items()}
         return self.rows(made), {"losses/model_loss": loss, **found}
 
 
