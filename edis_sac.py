@@ -628,7 +628,7 @@ class EDM:
         return x
 
 
-def make_guidance(energies: Energies, scales: tuple[float, float, float], full: bool, clip: float) -> Guidance:
+def make_guidance(energies: Energies, scales: tuple[float, ...], full: bool, clip: float) -> Guidance:
     """sum lambda_i grad E_i (B, D) in normalised coordinates; sigma times its norm is at most clip sqrt(D).
 
     Each energy's gradient acts on its own block, s, a or s', unless `full`.
@@ -1111,15 +1111,22 @@ class Round(NamedTuple):
             args.policy_scale * args.policy_energy,
             args.transition_scale * args.transition_energy,
         )
+
+        def steer(scales: tuple[float, ...]) -> Guidance | None:
+            return make_guidance(energies, scales, args.full_gradient, args.guidance_clip) if any(scales) else None
+
         if args.augmentation == "edis" and any(scales):
             metrics |= {f"energies/{name}": value for name, value in self.train_energies(recent, ema).items()}
-            guidance = make_guidance(energies, scales, args.full_gradient, args.guidance_clip)
+            guidance = steer(scales)
         begin = time.time()
         made = self.generate(args.samples, ema, guidance)
         made[-1].tolist()  # waits for the device
         metrics["charts/generated_per_second"] = torch.tensor(len(made) / (time.time() - begin))
         if guidance:
             metrics |= {f"guided/{name}": value for name, value in self.distances(made[: len(plain)], recent).items()}
+            for off, energy in enumerate(("state", "policy", "transition")):  # what each does beside the others
+                others = self.generate(len(plain), ema, steer((*scales[:off], 0.0, *scales[off + 1 :])))
+                metrics |= {f"{energy}_off/{name}": value for name, value in self.distances(others, recent).items()}
         return self.rows(made), metrics
 
 

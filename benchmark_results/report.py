@@ -30,9 +30,10 @@ LABELS = {
 }  # fmt: skip
 SHADES = (0, 2, 4, 6, 12, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 14)
 COLOURS = dict(zip(LABELS, map(plt.get_cmap("tab20"), SHADES), strict=True))
-DISTANCES = {
-    "state": "states to the recent ones", "policy": "actions to the policy's", "dynamics": "dynamics error, mean",
-    "dynamics_rms": "dynamics error, root mean square",
+DISTANCES = {  # and the energy that aims at it
+    "state": ("states to the recent ones", "state"), "policy": ("actions to the policy's", "policy"),
+    "dynamics": ("dynamics error, mean", "transition"),
+    "dynamics_rms": ("dynamics error, root mean square", "transition"),
 }  # fmt: skip
 
 
@@ -154,17 +155,25 @@ def d4rl_table(runs: Runs) -> list[str]:
 
 
 def distance_table(runs: Runs) -> list[str]:
-    """Means over seeds and rounds; in how many rounds guidance made it less; real recent transitions for comparison."""
-    columns = "data | algorithm | distance | without guidance | with guidance | less in rounds | of recent transitions"
+    """Means over seeds and rounds: unguided, guided by the other energies only, by all, and of real recent transitions.
+
+    Behind a mean: in how many rounds all energies made it less.
+    """
+    columns = (
+        "data | algorithm | distance | all energies | none (all: less in rounds) | all but its own (the same) | real"
+    )
     lines = [f"| {columns} |", "|" + "---|" * 7]
     for env_id, variants in runs.items():
         for variant, jobs in variants.items():
             rounds = [row for job in finished(jobs) for row in job.metrics if "guided/state" in row]
-            for key, label in DISTANCES.items() if rounds else ():
-                a, b, c = ([row[f"{kind}/{key}"] for row in rounds] for kind in ("unguided", "guided", "recent"))
-                row = f"| {env_id} | {LABELS[variant]} | {label} | {np.mean(a):.4f} | {np.mean(b):.4f}"
-                less = sum(y < x for x, y in zip(a, b, strict=True))
-                lines.append(f"{row} | {less} of {len(a)} | {np.mean(c):.4f} |")
+            for key, (label, energy) in DISTANCES.items() if rounds else ():
+                cells = [f"{np.mean([row[f'guided/{key}'] for row in rounds]):.4f}"]
+                for kind in ("unguided", f"{energy}_off"):
+                    pairs = [(row[f"guided/{key}"], row[f"{kind}/{key}"]) for row in rounds if f"{kind}/{key}" in row]
+                    less = f"{sum(x < y for x, y in pairs)} of {len(pairs)}"
+                    cells.append(f"{np.mean(pairs, axis=0)[1]:.4f} ({less})" if pairs else "-")
+                cells.append(f"{np.mean([row[f'recent/{key}'] for row in rounds]):.4f}")
+                lines.append(f"| {env_id} | {LABELS[variant]} | {label} | {' | '.join(cells)} |")
     return lines
 
 

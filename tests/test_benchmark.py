@@ -120,7 +120,7 @@ def test_baselines_prefer_what_is_rewarded(name, tmp_path):
 
 def test_edis_tables():
     """A seed is compared with itself, where both finished; an episode belongs to the third that it ends in."""
-    from benchmark_results.report import Job, paired_table, training_table
+    from benchmark_results.report import Job, distance_table, paired_table, training_table
 
     def job(value, *episodes):
         metrics = [{"step": step, "charts/online_return": r} for step, r in episodes]
@@ -133,6 +133,21 @@ def test_edis_tables():
     assert lines[2] == "| mini | online data only | 1 | +6 | +6 |"
     assert lines[3] == "| mini | real offline data instead | 1 | -10 | -10 |"
     assert training_table({"mini": {"edis": edis}})[2] == "| mini | EDIS | 2 | 2 | 6 | 8 |"
+
+    rounds = [
+        {
+            f"{kind}/{name}": value + i + j
+            for i, name in enumerate(("state", "policy", "dynamics", "dynamics_rms"))
+            for kind, value in (("guided", 20), ("unguided", unguided), ("recent", 0), ("transition_off", 50))
+        }
+        for j, unguided in enumerate((30, 10))
+    ]
+    lines = distance_table({"mini": {"edis": {"0": edis["0"]._replace(metrics=[{"step": 1}, *rounds])}}})
+    assert lines[2:4] == [
+        "| mini | EDIS | states to the recent ones | 20.5000 | 20.5000 (1 of 2) | - | 0.5000 |",
+        "| mini | EDIS | actions to the policy's | 21.5000 | 21.5000 (1 of 2) | - | 1.5000 |",
+    ]
+    assert lines[4] == "| mini | EDIS | dynamics error, mean | 22.5000 | 22.5000 (1 of 2) | 52.5000 (2 of 2) | 2.5000 |"
 
 
 def test_exact(tmp_path):

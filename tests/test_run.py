@@ -606,6 +606,7 @@ def test_edis_smoke(tmp_path, hopper_file):
     assert [row["step"] for row in rounds] == [601, 1601]
     distances = ("state", "policy", "dynamics", "dynamics_rms")
     names = {f"{kind}/{name}" for kind in ("guided", "unguided", "recent") for name in distances}
+    names |= {f"{energy}_off/{name}" for energy in ("state", "policy", "transition") for name in distances}
     names |= {"charts/generated_per_second", "losses/denoiser_loss", "losses/model_loss"}
     names |= {f"energies/{name}_accuracy_sigma_1" for name in ("state", "policy", "behavior", "transition")}
     assert all(names <= set(row) and all(map(math.isfinite, row.values())) for row in rounds)
@@ -642,6 +643,7 @@ def test_what_online_batches_are_made_of(run_edis, augmentation, monkeypatch):
 
     batches, made, given = [], [], []
     make_update, generate, make_round = edis_sac.make_update, edis_sac.Round.generate, edis_sac.Round.__call__
+    make_guidance = edis_sac.make_guidance
 
     def spied_make_update(*args):
         update, optimizers = make_update(*args)
@@ -652,9 +654,13 @@ def test_what_online_batches_are_made_of(run_edis, augmentation, monkeypatch):
 
         return spied, optimizers
 
+    def spied_make_guidance(energies, scales, full, clip):
+        return scales, make_guidance(energies, scales, full, clip)
+
     def spied_generate(self, n, denoise, guidance):
+        scales, guidance = guidance or (None, None)
         x = generate(self, n, denoise, guidance)
-        made.append((n, guidance, self.rows(x)[:, :27]))
+        made.append((n, scales, self.rows(x)[:, :27]))
         return x
 
     def spied_round(self, x, r, mask, recent):
@@ -662,6 +668,7 @@ def test_what_online_batches_are_made_of(run_edis, augmentation, monkeypatch):
         return make_round(self, x, r, mask, recent)
 
     monkeypatch.setattr(edis_sac, "make_update", spied_make_update)
+    monkeypatch.setattr(edis_sac, "make_guidance", spied_make_guidance)
     monkeypatch.setattr(edis_sac.Round, "generate", spied_generate)
     monkeypatch.setattr(edis_sac.Round, "__call__", spied_round)
     flags = (
@@ -672,7 +679,8 @@ def test_what_online_batches_are_made_of(run_edis, augmentation, monkeypatch):
         flags += ["--no-state-energy", "--no-policy-energy", "--no-transition-energy"]
     saved, data = run_edis("--offline-updates", "3", *flags)
     online = saved["online"]["rows"][:, :27]
-    rounds = [made[i : i + 2] for i in range(0, len(made), 2)]  # unguided ones to compare with, then the rows
+    size = 5 if augmentation == "edis" else 2  # to compare with: unguided; the rows; to compare with: each energy off
+    rounds = [made[i : i + size] for i in range(0, len(made), size)]
 
     def among(rows, others):
         return (rows[:, None] == others).all(2).any(1).tolist()
@@ -690,9 +698,11 @@ def test_what_online_batches_are_made_of(run_edis, augmentation, monkeypatch):
         share = 0 if augmentation == "none" else 1
         assert among(batch[share:], online[: i - 2]) == [True] * (4 - share) and len(batch) == 4
         if share and rounds and i >= 3 + 9:
-            n, guidance, rows = rounds[(i - 3 - 9) // 4][1]
-            assert n == 20 and (guidance is None) == (augmentation != "edis")
-            assert among(batch[:1], rows) == [True]
+            all_scales = [scales for _, scales, _ in rounds[(i - 3 - 9) // 4]]
+            guided = [None, (1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0)]
+            assert all_scales == (guided if augmentation == "edis" else [None, None])
+            n, _, rows = rounds[(i - 3 - 9) // 4][1]
+            assert n == 20 and among(batch[:1], rows) == [True]
         elif share:
             assert among(batch[:1], data) == [True]
 
