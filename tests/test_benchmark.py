@@ -60,6 +60,38 @@ def test_launch(copy):
     assert failed.returncode == 1 and "FAILED with exit code 7" in failed.stdout, failed
 
 
+CLUSTER = {
+    "sbatch": """for script; do :; done
+cp "$script" "$0.script"
+SLURM_JOB_ID=7 sh "$0.script" > /dev/null 2>&1 &
+echo "Submitted batch job 7\"""",
+    "srun": """while [ "${1#--}" != "$1" ]; do  # submitit gives a value to --output and --error
+    case $1 in --output|--error) shift;; esac; shift
+done
+exec env SLURM_LOCALID=0 SLURM_PROCID=0 SLURM_NODEID=0 SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 "$@\"""",
+    "sacct": """printf 'JobID|State|NodeList\\n7|COMPLETED|node\\n'""",
+}
+
+
+def test_launch_on_a_cluster(copy, monkeypatch):
+    """With stand-ins for SLURM's commands: a job asks for what was asked for, and its run comes back."""
+    raw, commands = copy / "benchmark_results" / "raw", copy / "bin"
+    shutil.rmtree(raw)
+    commands.mkdir()
+    for name, text in CLUSTER.items():
+        (commands / name).write_text(f"#!/bin/sh\n{text}\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    flags = "edp_iql --seeds 1 --updates 2 --compile off --jobs replay-mini__bc__"
+    cluster = "--executor slurm --slurm-partition long --slurm-hours 3 --gpus 1"
+    done = call(copy, "benchmark_results/launch.py", *flags.split(), *cluster.split())
+    assert done.returncode == 0 and "__bc__0: return" in done.stdout, done
+    assert json.loads((raw / "hopper-medium-replay-mini__bc__0" / "result.json").read_text())["updates"] == 2
+    asked = (commands / "sbatch.script").read_text()
+    for line in ("--partition=long", "--time=180", "--gpus-per-node=1"):
+        assert f"#SBATCH {line}\n" in asked, asked
+
+
 def test_flags_of_the_variants():
     """The scripts take them all."""
     sys.path.insert(0, str(ROOT / "benchmark_results"))
