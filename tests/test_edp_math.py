@@ -251,8 +251,8 @@ def test_reconstruction_and_weighted_regression(script, likelihood):
 
 
 def test_action_selection_frequencies(script):
-    """Candidates are chosen in proportion to exp(min(Q1, Q2))."""
-    offers, energies = torch.tensor([-0.5, 0.0, 0.5]), torch.tensor([0.0, 1.0, 2.0])
+    """Candidates are chosen in proportion to exp(min(Q1, Q2)), each the smaller one somewhere."""
+    offers, energies = torch.tensor([-0.5, 0.0, 0.5]), torch.tensor([[0.0, 1.0, 2.0], [1.0, 2.0, 0.5]])
 
     class Offers(script.Diffusion):
         def sample(self, policy, s, noise):
@@ -260,13 +260,32 @@ def test_action_selection_frequencies(script):
 
     class Energies(script.Critic):
         def forward(self, s, a):
-            q = energies[(2 * a[:, 0] + 1).round().long()]
-            return q, q + 1
+            return energies[:, (2 * a[:, 0] + 1).round().long()].unbind()
 
     args = (Offers(100, "ddim", 15, 3, CPU), script.Policy(1, 1), Energies(1, 1))
     chosen = script.select_actions(*args, torch.zeros(30_000, 1), 3, torch.Generator().manual_seed(0))
     frequencies = torch.stack([(chosen == offer).float().mean() for offer in offers])
-    assert_close(frequencies, energies.softmax(0), atol=0.01, rtol=0)
+    assert_close(frequencies, energies.amin(0).softmax(0), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("script, flags, noises", [
+    (edp_iql, {}, {}), (edp_crr, {}, {"noise": (31, 64, 3), "z": (10, 64, 3)}),
+    (edp_td3, {}, {"noise": (0, 64, 3), "next_noise": (31, 64, 3)}),
+    (edp_td3, {"action_approximation": False, "max_q_backup": True},
+     {"noise": (31, 64, 3), "next_noise": (31, 640, 3)}),
+])  # fmt: skip
+def test_draws(script, flags, noises):
+    """Every step k is drawn, either critic half the time; all noise is standard normal, none of it twice."""
+    args, d = script.Args(diffusion_steps=30, batch_size=64, **flags), script.Diffusion(30, "ddpm", 15, 3, CPU)
+    draws = [script.draw(args, d, 3, CPU, step) for step in range(50)]
+    count = torch.cat([chance["k"] for chance in draws]).bincount()
+    assert len(count) == 30 and count.min() > 50  # 107 on average
+    for name, shape in ({"epsilon": (64, 3)} | noises).items():
+        noise = torch.stack([chance[name] for chance in draws])
+        assert noise.shape[1:] == shape and len(noise.unique()) >= 0.8 * noise.numel()
+        assert not noise.numel() or (abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05)
+    if script is edp_td3:
+        assert 0.2 < torch.stack([chance["first_critic"] for chance in draws]).float().mean() < 0.8
 
 
 def test_twin_minimum(script):

@@ -22,7 +22,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, make_columns, write_hdf5
+from conftest import EDP, ROOT, SCRIPTS, make_columns, write_hdf5
 from test_data import error_of
 
 FAST = "--batch-size 8 --diffusion-steps 30 --sampler-steps 4 --eval-candidates 2 --eval-episodes 2 --num-updates 6"
@@ -585,6 +585,22 @@ def test_a_stop_during_a_round_does_not_wait(start, tmp_path, hopper_file):
     assert process.returncode == 143 and "stopped at update 5; go on with --resume" in err
     (folder,) = (tmp_path / "runs").iterdir()
     assert edis_sac.load_checkpoint(str(folder))["progress"]["step"] == 5
+
+
+@pytest.mark.parametrize("script", map(importlib.import_module, EDP))
+def test_evaluation_acts_with_the_current_networks(script, run, monkeypatch):
+    """And not with their targets."""
+    select_actions, used = script.select_actions, {}
+
+    def spied(diffusion, policy, critic, *rest):
+        for name, network in (("policy", policy), ("critic", critic)):
+            used[name] = torch.cat([p.detach().flatten() for p in network.parameters()])
+        return select_actions(diffusion, policy, critic, *rest)
+
+    monkeypatch.setattr(script, "select_actions", spied)
+    saved = script.load_checkpoint(run()["run_dir"])
+    for name, weights in used.items():
+        assert torch.equal(weights, torch.cat([p.flatten() for p in saved[name].values()]))
 
 
 def test_edis_smoke(tmp_path, hopper_file):
