@@ -741,7 +741,9 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
                 q1, q2 = (q.view(len(s), -1) for q in critic_target(candidates_s, next_a))
                 next_v = max_q_backup(q1, q2, args.max_q_top_k)
             else:
-                next_a = diffusion.sample(policy_target, next_s, next_noise)  # not clipped, as in the official code
+                next_a = diffusion.sample(policy_target, next_s, next_noise)
+                if not args.action_approximation:  # Diffusion-QL's code clips, the official one of EDP does not
+                    next_a = next_a.clamp(-1, 1)
                 next_v = critic_target.min(next_s, next_a)
         q1, q2 = critic(s, a)
         qf1_loss, qf2_loss = critic_losses(q1, q2, r, mask, next_v, args.gamma)

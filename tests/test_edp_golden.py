@@ -351,6 +351,16 @@ def test_diffusion_ql_update(golden, batch, first):
         assert_close(ours.grad, expected.grad, rtol=1e-3, atol=1e-5)
 
 
+def test_diffusion_ql_clips_target_actions(golden, batch):
+    """As its own code does; DPM-Solver's samples can lie outside."""
+    noise, a = sampler_noise(golden, "dpm1000"), T(golden["dpm1000/td3_qf1/q/next_action"])
+    chance = {"noise": noise, "next_noise": noise, "first_critic": torch.tensor(True), "policy_tau": torch.tensor(0.0)}
+    metrics, _ = run_update(edp_td3, golden, batch, "dpm1000", chance, action_approximation=False)
+    assert (a.abs() > 1.001).any()
+    expected = golden_networks(edp_td3)["critic_target"].min(batch["next_observations"], a.clamp(-1, 1)).detach()
+    assert_close(metrics["next_v"], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("critic", [1, 2])
 def test_td3_lambda(golden, networks, batch, critic):
     g, s = values(golden, f"dpm1000/td3_qf{critic}/policy/"), batch["observations"]
