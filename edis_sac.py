@@ -114,7 +114,7 @@ class Args:
     reward_transform: Literal["none", "return-range", "minus-one", "times-four", "min-max"] = "none"
     """none; r * 1000 / (max - min episode return); r - 1 or 4 (r - 0.5) (AntMaze); r to [-1, 1] (Adroit, kitchen)"""
     observation_transform: Literal["none", "scalar", "per-dimension"] = "none"
-    """none; by one mean and standard deviation over all dimensions (Adroit, kitchen, AntMaze); by one per dimension"""
+    """none; by one mean and standard deviation over all dimensions; by one per dimension"""
     # evaluation
     eval_every: int = 10_000  # updates between two evaluations
     eval_episodes: int = 10  # episodes per evaluation, all run side by side

@@ -23,9 +23,10 @@ regression acts on its one-step reconstruction a_hat^0, so that no gradient goes
 
 Deviations:           paper                      official code (sail-sg/edp)            here
     K, sampler        1000, DPM-Solver 15        DDPM 100, DPM-Solver by flag           paper; bundled data K = 100
-    candidates N      10                         50                                     50; bundled data 10
+    candidates N      10                         50, not clipped                        50, clipped; bundled data 10
     beta (1/tau)      1                          3, weight at most 100                  as the code
     gradient clip     5                          per data set, each network alone       as the code; 5 elsewhere
+    unweighted loss   -                          diffusion loss, added                  as the code
     ||a - a_hat^0||^2 as written                 halved (unit-variance log-likelihood)  halved
     a_hat^0           as written                 clipped to [-1, 1]: no gradient beyond clipped
     losses' norms     sums over dimensions       diffusion loss and ELBO: means         diffusion loss: mean; ELBO: sum
@@ -97,7 +98,7 @@ class Args:
     reward_transform: Literal["none", "return-range", "minus-one", "times-four", "min-max"] = "none"
     """none; r * 1000 / (max - min episode return); r - 1 or 4 (r - 0.5) (AntMaze); r to [-1, 1] (Adroit, kitchen)"""
     observation_transform: Literal["none", "scalar", "per-dimension"] = "none"
-    """none; by one mean and standard deviation over all dimensions (Adroit, kitchen, AntMaze); by one per dimension"""
+    """none; by one mean and standard deviation over all dimensions; by one per dimension"""
     # evaluation
     eval_every: int = 10_000  # updates between two evaluations
     eval_episodes: int = 10  # episodes per evaluation, all run side by side
@@ -116,7 +117,7 @@ class Args:
     solver_order: Literal[1, 2, 3] = 3  # order of dpm-solver
     diffusion_coef: float = 1.0  # coefficient of the unweighted diffusion (behaviour-cloning) loss
     guidance_coef: float = 1.0  # coefficient of the weighted regression
-    likelihood: Literal["mse", "elbo"] = "mse"  # weighted regression in Gaussian form, or of the ELBO
+    likelihood: Literal["mse", "elbo"] = "mse"  # weighted regression: Gaussian, or ELBO with a larger guidance_coef
     expectile: float = 0.7  # expectile of Q that V regresses to
     inverse_temperature: float = 3.0  # beta of the IQL weight; 0: all weights 1, behaviour cloning
     weight_cap: float = 100.0  # upper bound of the IQL weight
@@ -129,7 +130,7 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------------------- PRESETS
-# Command line > preset > default. Norm clips: the official code's table; the rest: its settings too. The ids of
+# Command line > preset > default. Norm clips and rewards: the official code's; updates: the paper's. The ids of
 # AntMaze, Adroit and kitchen go with --dataset-path; without their environments there is no evaluation.
 CLIPS = {
     "halfcheetah-medium-v2": 9, "halfcheetah-medium-replay-v2": 2, "halfcheetah-medium-expert-v2": 7,
@@ -140,7 +141,7 @@ CLIPS = {
     "kitchen-complete-v0": 9, "kitchen-partial-v0": 10, "kitchen-mixed-v0": 10,
 }  # fmt: skip
 LOCOMOTION: dict[str, Any] = {"reward_transform": "return-range"}
-SPARSE: dict[str, Any] = {"reward_transform": "min-max", "num_updates": 1_000_000, "observation_transform": "scalar"}
+SPARSE: dict[str, Any] = {"reward_transform": "min-max", "num_updates": 1_000_000}
 FAMILIES = {
     **{"halfcheetah": LOCOMOTION, "hopper": LOCOMOTION, "walker2d": LOCOMOTION, "pen": SPARSE, "kitchen": SPARSE},
     "antmaze": {**SPARSE, "reward_transform": "minus-one", "expectile": 0.9},

@@ -24,12 +24,12 @@ RL, ICLR 2023, arXiv 2208.06193.
 
 Deviations:           paper                      official code (sail-sg/edp)            here
     K, sampler        1000, DPM-Solver 15        DDPM 100, DPM-Solver by flag           paper; bundled data K = 100
-    candidates N      10                         50                                     50; bundled data 10
+    candidates N      10                         50, not clipped                        50, clipped; bundled data 10
     critic in lambda  -                          the one that is maximised, by chance   as the code; Diffusion-QL: other
     eta               per data set               2 everywhere                           2; for Diffusion-QL give its own
     max-Q backup      -                          its table's flag is never read         --max-q-backup, default off
-    Diffusion-QL: its objective and targets. Its own code also updates the critics before the policy, clips the norm of
-                      both critics together, selects by the target critics and lets the learning rate fall.
+    Diffusion-QL: its objective and targets. Its own code, among others, updates the critics before the policy, clips
+                      the norm of both together and selects by the target critics.
     gradient clip     5                          per data set, each network alone       as the code; 5 elsewhere
     a_hat^0           as written                 clipped to [-1, 1]: no gradient beyond clipped
     losses' norms     sums over dimensions       diffusion loss: mean                   diffusion loss: mean
@@ -101,7 +101,7 @@ class Args:
     reward_transform: Literal["none", "return-range", "minus-one", "times-four", "min-max"] = "none"
     """none; r * 1000 / (max - min episode return); r - 1 or 4 (r - 0.5) (AntMaze); r to [-1, 1] (Adroit, kitchen)"""
     observation_transform: Literal["none", "scalar", "per-dimension"] = "none"
-    """none; by one mean and standard deviation over all dimensions (Adroit, kitchen, AntMaze); by one per dimension"""
+    """none; by one mean and standard deviation over all dimensions; by one per dimension"""
     # evaluation
     eval_every: int = 10_000  # updates between two evaluations
     eval_episodes: int = 10  # episodes per evaluation, all run side by side
@@ -121,7 +121,7 @@ class Args:
     diffusion_coef: float = 1.0  # coefficient of the unweighted diffusion (behaviour-cloning) loss
     eta: float = 2.0  # weight of the policy's improvement, lambda = eta / mean|Q|
     action_approximation: bool = True  # improve a_hat^0; off: Diffusion-QL, through the whole sampling chain
-    max_q_backup: bool = False  # targets from the best of several next actions (Diffusion-QL on AntMaze but umaze)
+    max_q_backup: bool = False  # targets from the best of several next actions (Diffusion-QL on AntMaze)
     max_q_candidates: int = 10  # how many, with --max-q-backup
     max_q_top_k: int = 1  # which, with --max-q-backup: the k-th best of each critic
     policy_target_start: int = 1_000  # updates before the policy's target moves
@@ -135,7 +135,7 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------------------- PRESETS
-# Command line > preset > default. Norm clips: the official code's table; the rest: its settings too. The ids of
+# Command line > preset > default. Norm clips and rewards: the official code's; updates: the paper's. The ids of
 # AntMaze, Adroit and kitchen go with --dataset-path; without their environments there is no evaluation.
 CLIPS = {
     "halfcheetah-medium-v2": 9, "halfcheetah-medium-replay-v2": 2, "halfcheetah-medium-expert-v2": 7,
@@ -146,7 +146,7 @@ CLIPS = {
     "kitchen-complete-v0": 9, "kitchen-partial-v0": 10, "kitchen-mixed-v0": 10,
 }  # fmt: skip
 LOCOMOTION: dict[str, Any] = {}
-SPARSE: dict[str, Any] = {"reward_transform": "min-max", "num_updates": 1_000_000, "observation_transform": "scalar"}
+SPARSE: dict[str, Any] = {"reward_transform": "min-max", "num_updates": 1_000_000}
 FAMILIES = {
     **{"halfcheetah": LOCOMOTION, "hopper": LOCOMOTION, "walker2d": LOCOMOTION, "pen": SPARSE, "kitchen": SPARSE},
     "antmaze": {**SPARSE, "reward_transform": "times-four"},

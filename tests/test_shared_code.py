@@ -37,10 +37,10 @@ SHARED |= dict.fromkeys((
 ), EDP)  # fmt: skip
 SHARED |= dict.fromkeys(("weighted_regression", "Args.guidance_coef", "Args.likelihood"), REGRESSION)
 SHARED |= dict.fromkeys(("FAMILIES", "make_networks", "Args.policy_target_start", "Args.policy_target_every"), SAMPLED)
-SHARED |= {"LOCOMOTION": SAMPLED, "critic_losses": NOT_IQL}
+SHARED |= {"critic_losses": NOT_IQL}
 # Same name in several scripts, on purpose not the same text
 DIFFERS = {
-    "LOCOMOTION": "only IQL scales rewards by the range of returns",
+    "LOCOMOTION": "only IQL scales rewards by the range of returns; CRR has a guidance coefficient of its own",
     "FAMILIES": "AntMaze's rewards, and its expectile for IQL",
     "MINI": "TD3 has no guidance coefficient; EDIS has other arguments",
     "PRESETS": "EDIS has settings for the bundled sets only",
