@@ -49,7 +49,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     "edis_sac": {
         **{name: ["--augmentation", name] for name in ("edis", "synther", "offline", "none")},
         **{f"edis_no_{name}": [f"--no-{name}-energy"] for name in ("state", "policy", "transition")},
-        "exact": [],
+        **{"exact": [], "exact_no_state": ["--no-state-energy"]},
     },
 }
 BASELINES = ("iql", "td3_bc", "exact")  # the variants with a file of their own
@@ -140,7 +140,7 @@ class Launcher:
             return "done before"
         code, folder = agent.result() if agent else (0, None)
         if code == 0:
-            variant = name.split("__")[1]
+            variant = name.split("__")[1].split("_no_")[0]
             file = f"benchmark_results/baselines/{variant}" if variant in BASELINES else self.args.script
             code, folder = self.train(work, file, flags, folder)
         if code == 130:

@@ -182,13 +182,16 @@ def test_edis_tables():
     assert lines[4] == "| mini | EDIS | dynamics error, mean | 22.5000 | 22.5000 (1 of 2) | 52.5000 (2 of 2) | 2.5000 |"
 
 
-def test_exact(tmp_path):
+@pytest.mark.parametrize("without", ["", "--no-state-energy", "--no-state-energy --no-policy-energy"])
+def test_exact(tmp_path, without):
     """What the energies aim at, by the diagnostics: next states to the bit, actions and states but for chance."""
-    flags = "--offline-updates 2 --online-steps 300 --first-round 260 --model-updates 2 --samples 1000"
+    flags = "--offline-updates 2 --online-steps 300 --first-round 260 --batch-size 16 --model-updates 2 --samples 1000"
     flags += f" --eval-episodes 1 --log-every 50 --runs-dir {tmp_path}"
-    done = call(ROOT, "benchmark_results/baselines/exact.py", *flags.split())
+    done = call(ROOT, "benchmark_results/baselines/exact.py", *flags.split(), *without.split())
     assert done.returncode == 0, done
     (metrics,) = tmp_path.glob("*/metrics.jsonl")
     (found,) = (row for row in map(json.loads, metrics.read_text().splitlines()) if "exact/state" in row)
     assert found["exact/dynamics_rms"] < 1e-5
-    assert abs(found["exact/policy"]) < 0.01 and abs(found["exact/state"]) < 0.02
+    assert (found["exact/policy"] > 0.03) == ("--no-policy-energy" in without)
+    assert (found["exact/state"] > 0.05) == ("--no-state-energy" in without)
+    assert min(found["exact/policy"], found["exact/state"]) > -0.01

@@ -1,9 +1,11 @@
 """edis_sac.py with what its energies aim at in place of generated samples: how far a perfect generator would get.
 
 python benchmark_results/baselines/exact.py
+python benchmark_results/baselines/exact.py --no-state-energy   # of all the data's states, not of recent ones
 
 Recent states, the current policy's actions there, the simulator's next states; rewards and terminations stay learned.
-Takes edis_sac.py's arguments; those of denoiser and energies have no effect.
+Without E1 the states are those of all data, without E2 the actions are the stored ones, which is what an unguided
+sampler aims at. Takes edis_sac.py's arguments; those of denoiser, energies and of E3 have no other effect.
 """
 
 import sys
@@ -25,8 +27,10 @@ class Exact(edis.Round):
         energies, recent, S = self.networks["energies"], self.normalize(recent), self.obs_dim
         data = (self.normalize(x), self.inputs(x), r, mask)
         loss = edis.train_model(self.args, self.networks["model"], energies, *data, len(recent))
-        s = recent[torch.randint(len(recent), (self.args.samples,), device=recent.device), :S]
-        a = self.policy(s)
+        rows = recent if self.args.state_energy else data[0]
+        rows = rows[torch.randint(len(rows), (self.args.samples,), device=rows.device)]
+        s = rows[:, :S]
+        a = self.policy(s) if self.args.policy_energy else rows[:, S:-S]
         raw = torch.cat([s, a], dim=1) * self.std[:-S] + self.mean[:-S]
         next_s = self.simulate(raw[:, :S], raw[:, S:].clamp(-1, 1))
         made = self.normalize(torch.cat([raw, next_s], dim=1))
