@@ -179,10 +179,11 @@ class Args:
 # ------------------------------------------------------------------------------------------------------------- PRESETS
 # Command line > preset > default. The defaults are the published sizes, for D4RL's ids; its scales belong to other
 # energies.
-# Bundled sets: ours, for half an hour on a CPU. Without the penalty online Q outgrows what can be reached.
+# Bundled sets: ours, for half an hour on a CPU. Without the penalty online Q outgrows what can be reached. At a gamma
+# of 0.99 the medium policy, which falls after some 330 steps, is worth as much as the expert.
 MINI = {
     "observation_transform": "per-dimension", "offline_updates": 6_000, "online_steps": 10_000, "actor_lr": 3e-4,
-    "tau": 0.01, "cql_alpha": 10.0, "cql_alpha_online": 10.0, "cql_actions": 2, "synthetic_ratio": 0.5,
+    "gamma": 0.997, "tau": 0.01, "cql_alpha": 10.0, "cql_alpha_online": 10.0, "cql_actions": 2, "synthetic_ratio": 0.5,
     "round_every": 3_000, "samples": 10_000, "sampling_steps": 32,
     "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3,
     "model_updates": 5_000, "energy_width": 128, "energy_batch": 128, "pool": 5_000, "eval_every": 1_000,

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch.testing import assert_close
 
 import edis_sac as edis
@@ -529,6 +530,25 @@ def test_actor_and_temperature_losses():
     log_alpha = torch.tensor(0.0, requires_grad=True)
     edis.temperature_loss(log_alpha, torch.tensor([-5.0]), -3).backward()  # entropy 5, above its target -A = -3
     assert log_alpha.grad > 0  # so alpha falls
+
+
+def test_the_preset_can_tell_that_the_medium_policy_falls():
+    """Mean discounted returns of episodes of the medium and, from the file's middle on, of the expert policy."""
+    columns = edis.read_hdf5(ROOT / "datasets" / "hopper-medium-expert-mini.hdf5")
+    ends = columns["terminals"].astype(bool) | columns["timeouts"].astype(bool)
+    starts = np.append(True, ends[:-1])
+    expert = np.arange(len(ends)) > len(ends) / 2
+
+    def medium_and_expert(gamma):
+        returns = edis.monte_carlo_returns(columns["rewards"].astype(np.float64), ends, gamma)
+        return returns[starts & ~expert].mean(), returns[starts & expert].mean()
+
+    medium, best = medium_and_expert(1.0)
+    assert best > 2 * medium
+    medium, best = medium_and_expert(edis.Args.gamma)
+    assert best < medium
+    medium, best = medium_and_expert(edis.MINI["gamma"])
+    assert best > 1.2 * medium
 
 
 def test_monte_carlo_returns():
