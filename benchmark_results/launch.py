@@ -49,7 +49,8 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     "edis_sac": {
         **{name: ["--augmentation", name] for name in ("edis", "synther", "offline", "none")},
         **{f"edis_no_{name}": [f"--no-{name}-energy"] for name in ("state", "policy", "transition")},
-        **{"exact": [], "exact_no_state": ["--no-state-energy"]},
+        "exact": [],
+        "exact_no_state": ["--no-state-energy"],
     },
 }
 BASELINES = ("iql", "td3_bc", "exact")  # the variants with a file of their own

@@ -5,7 +5,7 @@ python benchmark_results/baselines/exact.py --no-state-energy   # of all the dat
 
 Recent states, the current policy's actions there, the simulator's next states; rewards and terminations stay learned.
 Without E1 the states are those of all data, without E2 the actions are the stored ones, which is what an unguided
-sampler aims at. Takes edis_sac.py's arguments; those of denoiser, energies and of E3 have no other effect.
+sampler aims at. Takes edis_sac.py's arguments; what else belongs to denoiser and energies has no effect.
 """
 
 import sys
