@@ -48,19 +48,6 @@ def test_requirements_are_what_is_imported():
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_argument_is_read(name):
-    tree = ast.parse((ROOT / f"{name}.py").read_text())
-    args = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
-    fields = {node.target.id for node in args.body if isinstance(node, ast.AnnAssign)}
-    read = {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args", "given")
-    }
-    assert fields == read & fields, fields - read
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_argument_has_help(name, capsys):
     with pytest.raises(SystemExit):
         __import__(name).parse_args(["--help"])

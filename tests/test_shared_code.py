@@ -7,6 +7,7 @@ import ast
 import difflib
 import itertools
 import re
+import textwrap
 
 import pytest
 from conftest import ROOT, SCRIPTS
@@ -15,12 +16,13 @@ ALL, EDP = ("edis_sac", "edp_crr", "edp_iql", "edp_td3"), ("edp_crr", "edp_iql",
 REGRESSION, SAMPLED = ("edp_crr", "edp_iql"), ("edp_crr", "edp_td3")
 NOT_IQL = ("edis_sac", "edp_crr", "edp_td3")
 
-# Definition: the scripts that have it, all alike. `Args.x` is a field, with its type, default and help.
+# Definition: the scripts that have it, all alike. `Args.x` is a field, with its type, default and help; `f.g` is a
+# function in f, listed where f is not.
 SHARED = dict.fromkeys((
     "fail", "say", "D4RL", "LEVELS", "D4RL_IDS", "BUNDLED_IDS", "D4RL_URLS", "Columns", "Transform", "KEYS",
     "read_hdf5", "check", "download_d4rl", "load_minari", "load_task", "timeouts_by_limit", "make_transitions", "Mish",
     "MLP", "Critic", "make_envs", "evaluate", "load_checkpoint", "describe", "Run", "set_up", "compile_networks",
-    "Captured",
+    "Captured", "__main__",
     *(f"Args.{name}" for name in (
         "exp_name", "seed", "device", "log_every", "save_every", "resume", "runs_dir", "track", "wandb_project",
         "wandb_entity", "wandb_group", "wandb_mode", "dataset_path", "reward_transform",
@@ -30,12 +32,12 @@ SHARED = dict.fromkeys((
 ), ALL)  # fmt: skip
 SHARED |= dict.fromkeys((
     "CLIPS", "SPARSE", "PRESETS", "RESUMABLE", "parse_args", "flatten", "Policy", "Diffusion", "reconstruct",
-    "select_actions", "main", *(f"Args.{name}" for name in (
+    "select_actions", "main", "make_update.descend", *(f"Args.{name}" for name in (
         "env_id", "num_updates", "eval_candidates", "lr", "max_grad_norm", "diffusion_steps",
         "beta_schedule", "sampler", "sampler_steps", "solver_order", "diffusion_coef", "compile",
     )),
 ), EDP)  # fmt: skip
-SHARED |= dict.fromkeys(("weighted_regression", "Args.guidance_coef", "Args.likelihood"), REGRESSION)
+SHARED |= dict.fromkeys(("MINI", "weighted_regression", "Args.guidance_coef", "Args.likelihood"), REGRESSION)
 SHARED |= dict.fromkeys(("FAMILIES", "make_networks", "Args.policy_target_start", "Args.policy_target_every"), SAMPLED)
 SHARED |= {"critic_losses": NOT_IQL}
 # Same name in several scripts, on purpose not the same text
@@ -75,6 +77,12 @@ def pieces(name):
                     found[f"Args.{field.target.id}"] = text(field, helped.end_lineno)
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
             found[node.name] = text(node, node.end_lineno)
+            if isinstance(node, ast.FunctionDef):
+                for inner in node.body:
+                    if isinstance(inner, ast.FunctionDef):
+                        found[f"{node.name}.{inner.name}"] = textwrap.dedent(text(inner, inner.end_lineno))
+        elif isinstance(node, ast.If):
+            found["__main__"] = text(node, node.end_lineno)
         elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             target = target.value if isinstance(target, ast.Subscript) else target
@@ -85,23 +93,29 @@ def pieces(name):
 def problems(sources, shared, differs):
     """What is wrong with {script: {name: source}}, in words."""
     for name in sorted({name for pieces in sources.values() for name in pieces}):
-        holders = tuple(script for script in sources if name in sources[script])
-        texts = {sources[script][name] for script in holders}
-        if name in shared:
-            if not set(shared[name]) <= set(holders) or (name not in differs and set(shared[name]) != set(holders)):
-                yield f"{name}: listed for {shared[name]}, stands in {holders}"
-            elif len({sources[script][name] for script in shared[name]}) > 1:
-                yield f"{name}: not the same in {shared[name]}"
-        elif len(holders) > 1 and name not in differs:
-            yield f"{name}: stands in {holders} and is not listed"
-        if name in differs and len(texts) < 2:
+        holders = [script for script in sources if name in sources[script]]
+        outer = name.split(".")[0]
+        listed = set(shared.get(name, shared.get(outer, ())))
+        if name in shared and not listed <= set(holders):
+            yield f"{name}: listed for {shared[name]}, stands in {holders}"
+        for pair in itertools.combinations(holders, 2):
+            same = len({sources[script][name] for script in pair}) == 1
+            if listed >= set(pair) and not same:
+                yield f"{name}: not the same in {pair}"
+            elif not listed >= set(pair) and same:
+                yield f"{name}: the same in {pair} and not listed"
+            elif not same and not {name, outer} & differs.keys():
+                yield f"{name}: not the same in {pair} and not listed as different"
+        if name in differs and len({sources[script][name] for script in holders}) < 2:
             yield f"{name}: is listed as different and is not"
     everything = {name for pieces in sources.values() for name in pieces}
     yield from (f"{name}: listed, stands nowhere" for name in (shared.keys() | differs.keys()) - everything)
 
     def body(text):  # a copy under another name
         tree = ast.parse(text).body[0]
-        return ast.dump(ast.Module(tree.body, [])) if isinstance(tree, ast.FunctionDef | ast.ClassDef) else None
+        if not isinstance(tree, ast.FunctionDef | ast.ClassDef):
+            return None
+        return ast.dump(ast.Module(tree.body[ast.get_docstring(tree) is not None :], []))
 
     bodies = [(body(text), name) for found in sources.values() for name, text in found.items() if "def " in text]
     for (one, a), (other, b) in itertools.combinations(bodies, 2):
@@ -115,20 +129,46 @@ def test_shared_code():
 
 
 def test_the_comparison_finds_what_it_is_for():
-    def found(shared=SHARED, differs=DIFFERS, **changed):
-        sources = {name: dict(pieces(name)) for name in ALL}
+    def found(shared=SHARED, differs=DIFFERS, added=None, **changed):
+        sources = {name: pieces(name) | (added or {}).get(name, {}) for name in ALL}
         for name, text in changed.items():
-            sources["edp_td3"][name.replace("__", ".")] = text
+            sources["edp_td3"][re.sub(r"(?<=\w)__(?=\w)", ".", name)] = text
         return " ".join(problems(sources, shared, differs))
 
     assert "fail: not the same" in found(fail="def fail(): pass")
     assert "Args.lr: not the same" in found(Args__lr="lr: float = 1.0")
-    assert "fail: stands in" in found(shared={k: v for k, v in SHARED.items() if k != "fail"})
-    assert "weighted_regression: listed for" in found(weighted_regression="def weighted_regression(): pass")
+    assert "fail: the same in" in found(shared={k: v for k, v in SHARED.items() if k != "fail"})
+    assert "weighted_regression: listed for" in found(shared={**SHARED, "weighted_regression": EDP})
+    assert "weighted_regression: not the same in" in found(weighted_regression="def weighted_regression(): pass")
     assert "gone: listed, stands nowhere" in found(shared={**SHARED, "gone": EDP})
     assert "fail: is listed as different and is not" in found(differs={**DIFFERS, "fail": "why"})
-    copy = pieces("edp_iql")["evaluate"].replace("def evaluate", "def run_episodes")
+    assert "MINI: the same in" in found(shared={k: v for k, v in SHARED.items() if k != "MINI"})
+    assert "make_update.descend: not the same" in found(make_update__descend="def descend(): pass")
+    assert "draw.helper: the same in" in found(draw__helper="x", added={"edp_iql": {"draw.helper": "x"}})
+    assert "__main__: not the same" in found(__main__="if True: pass")
+    copy = pieces("edp_iql")["evaluate"].replace("def evaluate", "def run_episodes").replace('"""One', '"""An')
     assert "copies of one another" in found(run_episodes=copy)
+
+
+def unread(source):
+    """Arguments that a script never reads, but to check, to parse or to record them."""
+    tree = ast.parse(source)
+    args = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    fields = {node.target.id for node in args.body if isinstance(node, ast.AnnAssign)}
+    readers = [node for node in tree.body if getattr(node, "name", "") not in ("check_args", "parse_args", "describe")]
+    read = {
+        node.attr
+        for node in itertools.chain.from_iterable(map(ast.walk, readers))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("args", "self.args", "given")
+    }
+    return fields - read
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_argument_is_read(name):
+    source = (ROOT / f"{name}.py").read_text()
+    assert not unread(source)
+    assert unread(source.replace("    seed: int = 0", "    sead: int = 0\n    seed: int = 0")) == {"sead"}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
