@@ -149,7 +149,7 @@ CLIPS = {
     "antmaze-large-play-v0": 10, "antmaze-large-diverse-v0": 7, "pen-human-v1": 7, "pen-cloned-v1": 8,
     "kitchen-complete-v0": 9, "kitchen-partial-v0": 10, "kitchen-mixed-v0": 10,
 }  # fmt: skip
-LOCOMOTION: dict[str, Any] = {"guidance_coef": 0.01}  # said to reproduce the published scores
+LOCOMOTION: dict[str, Any] = {"guidance_coef": 0.01}  # a fork's, for hopper-medium-v2 (see README)
 SPARSE: dict[str, Any] = {"reward_transform": "min-max", "num_updates": 1_000_000}
 FAMILIES = {
     **{"halfcheetah": LOCOMOTION, "hopper": LOCOMOTION, "walker2d": LOCOMOTION, "pen": SPARSE, "kitchen": SPARSE},
@@ -157,8 +157,8 @@ FAMILIES = {
 }
 PRESETS = {name: {**FAMILIES[name.split("-")[0]], "max_grad_norm": float(clip)} for name, clip in CLIPS.items()}
 # Bundled sets: ours, found by trying, for a run of minutes on a CPU. In this data the medium policy is the faster one
-# and falls after some 300 steps, so the critics must look further than gamma = 0.99 does, and soon (tau). With the full
-# guidance, the noise of high steps k and uneven weights drowns the diffusion loss for tens of thousands of updates.
+# and falls after some 300 steps, so the critics must look further than gamma = 0.99 does, and soon (tau).
+# With the full guidance, noise at high k and uneven weights drown the diffusion loss for tens of thousands of updates.
 MINI = {
     "reward_transform": "return-range", "observation_transform": "per-dimension", "num_updates": 20_000, "lr": 1e-3,
     "gamma": 0.995, "tau": 0.05, "diffusion_steps": 100, "guidance_coef": 0.01, "eval_every": 5_000,
@@ -206,9 +206,11 @@ def check_args(args: Args) -> None:
     bounds |= dict.fromkeys(("max_grad_norm", "diffusion_coef"), (0, math.inf))
     bounds |= dict.fromkeys(("weight_cap", "temperature"), (1e-12, math.inf)) | {"guidance_coef": (0, math.inf)}
     bounds |= {"policy_target_every": (1, 1e12), "policy_target_start": (0, 1e12), "advantage_samples": (1, 1e3)}
+    where = {"diffusion_steps": f" with --beta-schedule {args.beta_schedule} and --sampler {args.sampler}"}
     for name, (low, high) in bounds.items():
-        if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):
-            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, got {getattr(args, name)}")
+        if not (low <= (value := getattr(args, name)) <= high) or math.isinf(value):
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"{flag} must lie between {low:g} and {high:g}{where.get(name, '')}, got {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- Data

@@ -148,8 +148,8 @@ FAMILIES = {
 }
 PRESETS = {name: {**FAMILIES[name.split("-")[0]], "max_grad_norm": float(clip)} for name, clip in CLIPS.items()}
 # Bundled sets: ours, found by trying, for a run of minutes on a CPU. In this data the medium policy is the faster one
-# and falls after some 300 steps, so the critics must look further than gamma = 0.99 does, and soon (tau). With the full
-# guidance, the noise of high steps k and uneven weights drowns the diffusion loss for tens of thousands of updates.
+# and falls after some 300 steps, so the critics must look further than gamma = 0.99 does, and soon (tau).
+# With the full guidance, noise at high k and uneven weights drown the diffusion loss for tens of thousands of updates.
 MINI = {
     "reward_transform": "return-range", "observation_transform": "per-dimension", "num_updates": 20_000, "lr": 1e-3,
     "gamma": 0.995, "tau": 0.05, "diffusion_steps": 100, "guidance_coef": 0.01, "eval_every": 5_000,
@@ -197,9 +197,11 @@ def check_args(args: Args) -> None:
     bounds |= dict.fromkeys(("max_grad_norm", "diffusion_coef"), (0, math.inf))
     bounds |= dict.fromkeys(("guidance_coef", "inverse_temperature"), (0, math.inf)) | {"expectile": (0, 1)}
     bounds |= {"weight_cap": (1e-12, math.inf)}
+    where = {"diffusion_steps": f" with --beta-schedule {args.beta_schedule} and --sampler {args.sampler}"}
     for name, (low, high) in bounds.items():
-        if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):
-            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, got {getattr(args, name)}")
+        if not (low <= (value := getattr(args, name)) <= high) or math.isinf(value):
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"{flag} must lie between {low:g} and {high:g}{where.get(name, '')}, got {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- Data

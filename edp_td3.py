@@ -34,6 +34,7 @@ Deviations:           paper                      official code (sail-sg/edp)    
     a_hat^0           as written                 clipped to [-1, 1]: no gradient beyond clipped
     losses' norms     sums over dimensions       diffusion loss: mean                   diffusion loss: mean
     policy target     -                          every 5 updates after update 1000      as the code
+    a' noise, delay   -                          none, unlike TD3                       as the code
     noise clip (DPM)  -                          schedule at a truncated step           at the exact time: 7e-3 apart
     DPM-Solver's end  t = 1e-3                   the same: NaN for K < 1000             max(1e-3, 1/K): the first step
 """
@@ -201,9 +202,11 @@ def check_args(args: Args) -> None:
     bounds |= dict.fromkeys(("max_grad_norm", "diffusion_coef"), (0, math.inf))
     bounds |= {"max_q_candidates": (1, 1e3), "max_q_top_k": (1, args.max_q_candidates), "eta": (0, math.inf)}
     bounds |= {"policy_target_every": (1, 1e12), "policy_target_start": (0, 1e12)}
+    where = {"diffusion_steps": f" with --beta-schedule {args.beta_schedule} and --sampler {args.sampler}"}
     for name, (low, high) in bounds.items():
-        if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):
-            fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, got {getattr(args, name)}")
+        if not (low <= (value := getattr(args, name)) <= high) or math.isinf(value):
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"{flag} must lie between {low:g} and {high:g}{where.get(name, '')}, got {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- Data
