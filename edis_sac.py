@@ -46,10 +46,14 @@ Deviations:           paper                       published code (liuxhym/EDIS) 
     s' in x           s'                          s'                                  s' - s: errors of a step's size
     reward            known or learned            diffused                            learned, as is termination
     positives         recent transitions          the whole online buffer             the last --positive-buffer
+    grad of an energy -                           -                                   moves its condition too (flag)
+    synthetic mask    -                           1                                   probability of going on
     each round        -                           denoiser anew, 20 energy updates    denoiser goes on, 2000 updates
     first round       -                           at the start                        after 1000 steps, until then
                                                                                       real offline data stand in
     CQL               -                           alpha by a Lagrange multiplier      fixed alpha, online too
+    entropy in target -                           none                                none; SAC's where cql_alpha is 0
+    critics           -                           2 hidden layers (MuJoCo)            3, as in the other scripts
     activations       -                           ReLU                                Mish, as in the other scripts
 """
 
@@ -177,8 +181,8 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------------------- PRESETS
-# Command line > preset > default. The defaults are the published sizes, for D4RL's ids; its scales belong to other
-# energies.
+# Command line > preset > default. The defaults, for D4RL's ids, are the published code's sizes but for what the table
+# above names; its scales belong to other energies.
 # Bundled sets: ours, for half an hour on a CPU. Without the penalty online Q outgrows what can be reached. At a gamma
 # of 0.99 the medium policy, which falls after some 330 steps, is worth as much as the expert.
 MINI = {

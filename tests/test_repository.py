@@ -71,7 +71,11 @@ def test_documented_commands_are_understood(script):
     for line in found:
         flags = shlex.split(line, comments=True)
         if "--resume" not in flags and "--help" not in flags:
-            script.check_args(script.parse_args(flags))
+            args = script.parse_args(flags)
+            script.check_args(args)
+            if args.env_id in script.gym.registry:
+                space = script.gym.make(args.env_id).action_space
+                assert (space.low == -1).all() and (space.high == 1).all()  # else the script refuses it
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
