@@ -46,6 +46,7 @@ Deviations:           paper                       published code (liuxhym/EDIS) 
     s' in x           s'                          s'                                  s' - s: errors of a step's size
     reward            known or learned            diffused                            learned, as is termination
     positives         recent transitions          the whole online buffer             the last --positive-buffer
+    denoiser's data   offline and online          all alike                           the same; bundled: half recent
     grad of an energy -                           -                                   moves its condition too (flag)
     synthetic mask    -                           1                                   probability of going on
     each round        -                           denoiser anew, 20 energy updates    denoiser goes on, 2000 updates
@@ -145,6 +146,7 @@ class Args:
     chunk: int = 10_000  # of them at once: bounds the memory
     denoiser_updates: int = 10_000  # updates of the denoiser per round
     denoiser_batch: int = 256  # transitions per update of the denoiser
+    denoiser_recent: float = 0.0  # share of them from the positive buffer; exp(-E1) is then at most its inverse
     denoiser_width: int = 1_024  # width of the residual network
     denoiser_layers: int = 6  # its residual blocks
     denoiser_lr: float = 3e-4  # AdamW's learning rate, falling to 0 by a cosine in each round
@@ -184,11 +186,12 @@ class Args:
 # Command line > preset > default. The defaults, for D4RL's ids, are the published code's sizes but for what the table
 # above names; its scales belong to other energies.
 # Bundled sets: ours, for half an hour on a CPU. Without the penalty online Q outgrows what can be reached. At a gamma
-# of 0.99 the medium policy, which falls after some 330 steps, is worth as much as the expert.
+# of 0.99 the medium policy, which falls after some 330 steps, is worth as much as the expert. The first 1000 online
+# transitions are 1 % of the data: guided there, a denoiser that sees all alike doubles its error in s'.
 MINI = {
     "observation_transform": "per-dimension", "offline_updates": 6_000, "online_steps": 10_000, "actor_lr": 3e-4,
     "gamma": 0.997, "tau": 0.01, "cql_alpha": 10.0, "cql_alpha_online": 10.0, "cql_actions": 2, "synthetic_ratio": 0.5,
-    "round_every": 3_000, "samples": 10_000, "sampling_steps": 32,
+    "round_every": 3_000, "samples": 10_000, "sampling_steps": 32, "denoiser_recent": 0.5,
     "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3,
     "model_updates": 5_000, "energy_width": 128, "energy_batch": 128, "pool": 5_000, "eval_every": 1_000,
     "log_every": 250, "save_every": 5_000,
@@ -204,7 +207,7 @@ RESUMABLE = {
 # And before the first online step, so that several runs can go on from one pre-trained agent
 ONLINE = {
     "exp_name", "cql_alpha_online", "augmentation", "synthetic_ratio", "round_every", "first_round", "samples", "chunk",
-    "denoiser_updates", "denoiser_batch", "denoiser_lr", "denoiser_ema", "sampling_steps", "churn",
+    "denoiser_updates", "denoiser_batch", "denoiser_recent", "denoiser_lr", "denoiser_ema", "sampling_steps", "churn",
     "model_updates", "energy_updates", "energy_batch", "energy_lr", "negatives", "positive_buffer", "pool",
     "state_energy", "policy_energy", "transition_energy", "state_scale", "policy_scale", "transition_scale",
     "full_gradient", "guidance_clip",
@@ -242,7 +245,7 @@ def check_args(args: Args) -> None:
     bounds |= dict.fromkeys(("actor_lr", "critic_lr", "denoiser_lr", "energy_lr"), (1e-12, math.inf))
     free = ["cql_alpha", "cql_alpha_online", "churn", "state_scale", "policy_scale", "transition_scale"]
     bounds |= dict.fromkeys((*free, "guidance_clip"), (0, math.inf))
-    bounds |= dict.fromkeys(("gamma", "tau", "synthetic_ratio", "denoiser_ema"), (0, 1))
+    bounds |= dict.fromkeys(("gamma", "tau", "synthetic_ratio", "denoiser_recent", "denoiser_ema"), (0, 1))
     bounds |= {"sampling_steps": (2, 1e4), "samples": (2, 1e7), "seed": (0, 2**32)}
     for name, (low, high) in bounds.items():
         if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):
@@ -726,8 +729,9 @@ def monte_carlo_returns(rewards: np.ndarray, ends: np.ndarray, gamma: float) -> 
 
 def energy_distance(x: Tensor, y: Tensor) -> Tensor:
     """2 E|x - y| - E|x - x'| - E|y - y'| (Szekely) of samples (N, D), (M, D): 0 for equal distributions."""
-    within = [torch.cdist(z, z).sum() / (len(z) * (len(z) - 1)) for z in (x, y)]
-    return 2 * torch.cdist(x, y).mean() - within[0] - within[1]
+    distance = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # which TF32 would blur
+    within = [distance(z, z).sum() / (len(z) * (len(z) - 1)) for z in (x, y)]
+    return 2 * distance(x, y).mean() - within[0] - within[1]
 
 
 # -------------------------------------------------------------------------------------------------------------- Update
@@ -920,13 +924,18 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
     return update, optimizers
 
 
-def train_denoiser(args: Args, denoiser: Denoiser, ema: Denoiser, x: Tensor) -> Tensor:
-    """Train on normalised transitions x (N, D) of one round, from where the last one ended; the mean loss."""
+def train_denoiser(args: Args, denoiser: Denoiser, ema: Denoiser, x: Tensor, recent: int) -> Tensor:
+    """Train on normalised transitions x (N, D) of one round, from where the last one ended; the mean loss.
+
+    A share of each batch comes from the last `recent` rows.
+    """
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=args.denoiser_lr, fused=x.device.type in ("cpu", "cuda"))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.denoiser_updates, 1))
-    mean = torch.zeros((), device=x.device)
+    mean, share = torch.zeros((), device=x.device), round(args.denoiser_recent * args.denoiser_batch)
     for _ in range(args.denoiser_updates):
-        batch = x[torch.randint(len(x), (args.denoiser_batch,), device=x.device)]
+        index = torch.randint(len(x), (args.denoiser_batch,), device=x.device)
+        index[:share] = torch.randint(len(x) - recent, len(x), (share,), device=x.device)
+        batch = x[index]
         sigma = (1.2 * torch.randn(len(batch), device=x.device) - 1.2).exp()  # P_mean, P_std of Karras et al.
         loss = edm_loss(denoiser, batch, sigma, torch.randn_like(batch))
         optimizer.zero_grad()
@@ -973,7 +982,7 @@ class Round(NamedTuple):
     edm: EDM
     mean: Tensor  # of (s, a, s' - s), (D,), offline data
     std: Tensor
-    simulate: Callable[[Tensor, Tensor], Tensor] | None  # s, a -> s' by the environment itself
+    simulate: Callable[[Tensor, Tensor], Tensor] | None  # s, a -> [s', r, mask] by the environment itself
 
     @property
     def obs_dim(self) -> int:
@@ -1079,8 +1088,9 @@ class Round(NamedTuple):
         state: energy distance of the states; policy: of the actions' quantiles under the policy in their states, from
         those of its own actions; dynamics: how far s' is from the environment's, per dimension and in standard
         deviations of the data, the mean over transitions and, led by the few that make or break contact, the root mean
-        square. nearest: the median distance to the nearest other recent transition; far below that of real ones, the
-        denoiser copies.
+        square. reward_rms, mask_bias: what the model says of x less what the environment gives after s and a.
+        nearest: the median distance to the nearest other recent transition; far below that of real ones, the denoiser
+        copies.
         """
         S = self.obs_dim
         s = x[:, :S]
@@ -1090,22 +1100,24 @@ class Round(NamedTuple):
             with torch.no_grad():
                 return self.networks["actor"].distribution(s * self.std[:S] + self.mean[:S]).cdf(a.atanh())
 
-        found = {"state": energy_distance(s, recent[torch.randint(len(recent), (len(s),), device=s.device), :S])}
+        found = {"state": energy_distance(s, recent[torch.randperm(len(recent), device=s.device)[: len(s)], :S])}
         apart = torch.cdist(x, recent, compute_mode="donot_use_mm_for_euclid_dist")  # exact: 0 is a row itself
         found["nearest"] = apart.where(apart > 0, math.inf).amin(1).median()
         found["policy"] = energy_distance(quantiles(x[:, S:-S]), quantiles(self.policy(s)))
         if self.simulate:
-            raw = self.denormalize(x)
-            truth = self.simulate(raw[:, :S], raw[:, S:-S].clamp(-1, 1))
-            error = ((truth - raw[:, -S:]) / self.std[:S]).square().mean(1)
+            s, a, next_s, tail = self.rows(x)[:, :-1].split([S, x.shape[1] - 2 * S, S, 2], dim=1)
+            truth = self.simulate(s, a)
+            error = ((truth[:, :S] - next_s) / self.std[:S]).square().mean(1)
+            reward, mask = (tail - truth[:, S:]).unbind(1)
             found |= {"dynamics": error.sqrt().mean(), "dynamics_rms": error.mean().sqrt()}
+            found |= {"reward_rms": reward.square().mean().sqrt(), "mask_bias": mask.mean()}
         return found
 
     def __call__(self, x: Tensor, r: Tensor, mask: Tensor, recent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Train on transitions x (N, D), steer towards the recent ones (M, D); synthetic rows and metrics."""
         args, energies, ema = self.args, self.networks["energies"], self.networks["denoiser_ema"]
         x, y, recent = self.normalize(x), self.inputs(x), self.normalize(recent)
-        metrics = {"losses/denoiser_loss": train_denoiser(args, self.networks["denoiser"], ema, x)}
+        metrics = {"losses/denoiser_loss": train_denoiser(args, self.networks["denoiser"], ema, x, len(recent))}
         metrics["losses/model_loss"] = train_model(args, self.networks["model"], energies, x, y, r, mask, len(recent))
         plain, guidance = self.generate(min(args.samples, 2_000), ema, None), None
         metrics |= {f"unguided/{name}": value for name, value in self.distances(plain, recent).items()}
@@ -1136,7 +1148,7 @@ class Round(NamedTuple):
 
 
 def make_simulator(env: gym.Env, transform: Transform, obs_dim: int) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """(states (N, S), actions (N, A)) -> next states by a MuJoCo environment; None where a state has no qpos, qvel."""
+    """(states (N, S), actions (N, A)) -> [s', r, mask] (N, S + 2) by a MuJoCo environment; None without qpos, qvel."""
     core: Any = env.unwrapped
     if not hasattr(core, "set_state") or core.model.nq - 1 + core.model.nv != obs_dim:
         return None
@@ -1147,8 +1159,9 @@ def make_simulator(env: gym.Env, transform: Transform, obs_dim: int) -> Callable
         for obs, action in zip(raw, actions.cpu().numpy(), strict=True):
             qpos = np.append(0.0, obs[: core.model.nq - 1])  # the root's position along x is not observed
             core.set_state(qpos, obs[core.model.nq - 1 :])
-            found.append(core.step(action)[0])
-        return torch.as_tensor(transform.obs(np.array(found)), dtype=torch.float32, device=states.device)
+            next_obs, reward, terminated, *_ = core.step(action)
+            found.append([*transform.obs(next_obs), transform.reward(reward), 1.0 - terminated])
+        return torch.as_tensor(np.array(found), dtype=torch.float32, device=states.device)
 
     env.reset(seed=0)
     return simulate

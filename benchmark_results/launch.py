@@ -47,7 +47,9 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "td3_bc": ["--eta", "2.5"],
     },
     "edis_sac": {
-        **{name: ["--augmentation", name] for name in ("edis", "synther", "offline", "none")},
+        **{name: ["--augmentation", name] for name in ("edis", "offline", "none")},
+        "synther": ["--augmentation", "synther", "--denoiser-recent", "0"],
+        "edis_no_energies": ["--augmentation", "synther"],
         **{f"edis_no_{name}": [f"--no-{name}-energy"] for name in ("state", "policy", "transition")},
         "exact": [],
         "exact_no_state": ["--no-state-energy"],

@@ -4,6 +4,7 @@ Each mutant replaces one piece of a script's source, in a copy of the repository
 or for the mutants of data and runs those tests that are named.
 """
 
+import functools
 import shutil
 import subprocess
 import sys
@@ -165,7 +166,21 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
     "EDIS: online critic in the target": ("edis_sac.py", "critic_target.min(next_s", "critic.min(next_s"),
     "EDIS: actor against Q": ("edis_sac.py", "actor_loss(critic.min(", "actor_loss(-critic.min("),
     "EDIS: no target update": ("edis_sac.py", "target.lerp_(parameter, args.tau)", "pass"),
-    "EDIS: simulator in normalised states": ("edis_sac.py", "truth = self.simulate(raw[", "truth = self.simulate(x["),
+    "EDIS: simulator in normalised states": (
+        "edis_sac.py",
+        "truth = self.simulate(s,",
+        "truth = self.simulate(x[:, :S],",
+    ),
+    "EDIS: reward of the simulator as it is": (
+        "edis_sac.py",
+        "transform.reward(reward), 1.0 - terminated]",
+        "reward, 1.0 - terminated]",
+    ),
+    "EDIS: denoiser sees all data alike": (
+        "edis_sac.py",
+        "index[:share] = torch.randint(len(x) - recent",
+        "index[:share] = torch.randint(0",
+    ),
     "EDIS: simulator's transform": ("edis_sac.py", "/ transform.obs_scale -", "* transform.obs_scale -"),
     "EDIS: the difference for s'": ("edis_sac.py", "x[:, -S:] + x[:, :S]]", "x[:, -S:]]"),
     "EDIS: the difference for the model": (
@@ -291,7 +306,7 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
     ),
     "EDIS run: unguided": ("edis_sac.py", "self.generate(args.samples, ema, guidance)", "plain", "online_batches"),
     "EDIS run: synthetic rows unused": ("edis_sac.py", "synthetic.sample(n)", "online.sample(n)", "online_batches"),
-    "EDIS run: no termination online": ("edis_sac.py", "1.0 - terminated", "1.0", "online_rows"),
+    "EDIS run: no termination online": ("edis_sac.py", "1.0 - terminated, -math", "1.0, -math", "online_rows"),
     "EDIS run: energies trained on old data": (
         "edis_sac.py",
         "online.recent(args.positive_buffer)[:, :D]",
@@ -301,27 +316,37 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
 }
 
 
+@functools.cache
+def passes(files: tuple[str, ...], chosen: str, script: str = "", source: str = "") -> bool:
+    """Whether these tests pass in a copy of the repository, in which a script can have another source."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "tests", Path(folder) / "tests")
+        (Path(folder) / "datasets").symlink_to(ROOT / "datasets")
+        for path in (ROOT / "pyproject.toml", *ROOT.glob("*.py")):
+            shutil.copy(path, folder)
+        if script:
+            (Path(folder) / script).write_text(source)
+        command = [sys.executable, "-m", "pytest", "-qx", *files, "-k", chosen]
+        code = subprocess.run(command, cwd=folder, capture_output=True).returncode
+        if code not in (0, 1):
+            raise SystemExit(f"pytest ended with {code}: no test is named {chosen}?")
+        return code == 0
+
+
 def survives(script: str, original: str, mutant: str, tests: str = "") -> bool:
-    """Whether the tests pass with the mutant in place."""
+    """Whether the tests pass with the mutant in place; without it they must."""
     source = (ROOT / script).read_text()
     if source.count(original) != 1:
         raise SystemExit(f"{script}: found {source.count(original)} times, not once: {original!r}")
     mutated = source.replace(original, mutant)
     if "v, next_v = value(torch.cat([s, next_s])).detach()" in mutant:  # and drop the right one
         mutated = mutated.replace("            v, next_v = value(torch.cat([s, next_s]))[:, 0].chunk(2)\n", "")
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(ROOT / "tests", Path(folder) / "tests")
-        for path in (ROOT / "pyproject.toml", *ROOT.glob("*.py")):
-            shutil.copy(path, folder)
-        (Path(folder) / script).write_text(mutated)
-        names = ["edis_math"] if script == "edis_sac.py" else ["edp_math", "edp_golden"]
-        chosen = ["-k", f"({tests}) and ({script[:-3]} or not (edp_ or edis_))"] if tests else []
-        files = [f"tests/test_{name}.py" for name in (("data", "run", "acceleration") if tests else names)]
-        command = [sys.executable, "-m", "pytest", "-qx", *files, *chosen]
-        code = subprocess.run(command, cwd=folder, capture_output=True).returncode
-        if code not in (0, 1):
-            raise SystemExit(f"pytest ended with {code}: no test is named {tests}?")
-        return code == 0
+    names = ["edis_math"] if script == "edis_sac.py" else ["edp_math", "edp_golden"]
+    files = tuple(f"tests/test_{name}.py" for name in (("data", "run", "acceleration") if tests else names))
+    chosen = f"({tests}) and ({script[:-3]} or not (edp_ or edis_))" if tests else ""
+    if not passes(files, chosen):
+        raise SystemExit(f"{' '.join(files)} {chosen}: fails without a mutant")
+    return passes(files, chosen, script, mutated)
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def test_denoiser_learns():
     x = torch.randn(20_000, 3) @ torch.linalg.cholesky(torch.tensor(COV)).T
     denoiser = edis.Denoiser(3, 64, 2)
     ema = edis.copy.deepcopy(denoiser).requires_grad_(False)
-    edis.train_denoiser(args, denoiser, ema, x)
+    edis.train_denoiser(args, denoiser, ema, x, len(x))
     exact, test = GaussianDenoiser([0.0] * 3, COV), x[:2_000]
     for sigma in torch.tensor([0.1, 0.5, 2.0]):
         noised = test + sigma * torch.randn_like(test)
@@ -277,8 +277,9 @@ def a_world(n):
     return x, x[:, 0] + x[:, 4], (x[:, 3] > -1).float()
 
 
-def test_half_of_what_the_models_see_is_recent():
-    """And the other half of all rows alike."""
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.0])
+def test_a_share_of_what_is_trained_on_is_recent(share, monkeypatch):
+    """Half for the models, as asked for the denoiser; the rest is of all rows alike."""
     seen, (x, r, mask), energies = [], a_world(1_000), edis.Energies(2, 1, 8)
     x[:, 0] = torch.arange(1_000)
 
@@ -287,11 +288,22 @@ def test_half_of_what_the_models_see_is_recent():
             seen.append(y[:, 0])
             return super().forward(y)
 
-    args = edis.dataclasses.replace(ARGS, model_updates=40)
-    edis.train_model(args, Model(5), energies, x, x, r, mask, 10)
-    counts = torch.cat(seen).int().bincount(minlength=1_000) / 40 / args.batch_size
-    assert counts[-10:].sum() == pytest.approx(0.505, abs=0.02)
-    assert counts[-10:].max() < 0.08 and counts[:500].sum() == pytest.approx(0.25, abs=0.03)
+    def edm_loss(denoise, x, sigma, noise):
+        seen.append(x[:, 0])
+        return loss(denoise, x / 1_000, sigma, noise)
+
+    loss, args = edis.edm_loss, edis.dataclasses.replace(ARGS, model_updates=40, denoiser_updates=40)
+    args = edis.dataclasses.replace(args, denoiser_batch=256, denoiser_recent=share)
+    monkeypatch.setattr(edis, "edm_loss", edm_loss)
+    if share == 0.5:
+        edis.train_model(args, Model(5), energies, x, x, r, mask, 10)
+        assert len(torch.cat(seen)) == 40 * args.batch_size
+    denoiser = edis.Denoiser(5, 8, 1)
+    edis.train_denoiser(args, denoiser, edis.copy.deepcopy(denoiser), x, 10)
+    counts = torch.cat(seen).int().bincount(minlength=1_000) / len(torch.cat(seen))
+    assert counts[-10:].sum() == pytest.approx(share + 0.01 * (1 - share), abs=0.02)
+    assert counts[-10:].max() < share / 10 + 0.03
+    assert counts[:500].sum() == pytest.approx(0.5 * (1 - share), abs=0.03)
 
 
 def test_the_learned_dynamics_show_errors_to_the_transition_energy(monkeypatch):
@@ -489,8 +501,14 @@ def test_distances():
     """Least where the states are the recent ones, the actions the policy's, the next states the environment's."""
 
     mean, std = torch.tensor([1.0, 0.5, 2.0]), torch.tensor([2.0, 0.5, 3.0])
-    networks = {"energies": edis.Energies(1, 1, 8), "actor": edis.Actor(1, 1)}
-    work = edis.Round(ARGS, networks, edis.EDM(4, 0.0, CPU), mean, std, lambda s, a: s + a)
+    networks = {"energies": edis.Energies(1, 1, 8), "actor": edis.Actor(1, 1), "model": edis.TransitionModel(3)}
+
+    def simulate(s, a):
+        with torch.no_grad():
+            reward, logit = networks["model"](work.inputs(torch.cat([s, a, s + a], dim=1)))
+        return torch.stack([(s + a)[:, 0], reward + 0.25, torch.sigmoid(-logit) - 0.125], dim=1)
+
+    work = edis.Round(ARGS, networks, edis.EDM(4, 0.0, CPU), mean, std, simulate)
     s = torch.randn(3_000, 1)
     with torch.no_grad():
         a, _ = networks["actor"](s, torch.randn(3_000, 1))
@@ -499,6 +517,7 @@ def test_distances():
     copies = work.distances(recent + 1e-4, recent)["nearest"]
     assert 0 < copies < 0.1 * right["nearest"] and right["nearest"] < 0.2
     assert abs(right["state"]) < 0.02 and abs(right["policy"]) < 0.02 and right["dynamics"] < 1e-5
+    assert right["reward_rms"] == pytest.approx(0.25, abs=1e-4) and right["mask_bias"] == pytest.approx(0.125, abs=1e-4)
     for column, name in enumerate(("state", "policy", "dynamics")):
         wrong = recent.clone()
         wrong[:, column] += 0.5
@@ -513,14 +532,18 @@ def test_simulator_is_the_environment():
     """A step of Hopper from its own state, through a transform of the observations."""
     import gymnasium as gym
 
-    env, transform = gym.make("Hopper-v4"), edis.Transform(obs_shift=np.full(11, -0.3), obs_scale=np.full(11, 2.0))
+    env, transform = (
+        gym.make("Hopper-v4"),
+        edis.Transform(obs_shift=np.full(11, -0.3), obs_scale=np.full(11, 2.0), reward_scale=3.0),
+    )
     simulate = edis.make_simulator(gym.make("Hopper-v4"), transform, 11)
     obs, _ = env.reset(seed=0)
     for _ in range(10):
         action = env.action_space.sample()
-        next_obs, *_ = env.step(action)
+        next_obs, reward, terminated, *_ = env.step(action)
         s, a = (torch.as_tensor(x, dtype=torch.float32)[None] for x in (transform.obs(obs), action))
-        assert_close(simulate(s, a)[0], torch.as_tensor(transform.obs(next_obs)).float(), atol=1e-4, rtol=1e-4)
+        expected = [*transform.obs(next_obs), transform.reward(reward), 1.0 - terminated]
+        assert_close(simulate(s, a)[0], torch.tensor(expected).float(), atol=1e-4, rtol=1e-4)
         obs = next_obs
 
 

@@ -32,7 +32,7 @@ class Exact(edis.Round):
         s = rows[:, :S]
         a = self.policy(s) if self.args.policy_energy else rows[:, S:-S]
         raw = torch.cat([s, a], dim=1) * self.std[:-S] + self.mean[:-S]
-        next_s = self.simulate(raw[:, :S], raw[:, S:].clamp(-1, 1))
+        next_s = self.simulate(raw[:, :S], raw[:, S:].clamp(-0.999, 0.999))[:, :S]
         made = self.normalize(torch.cat([raw, next_s], dim=1))
         found = {f"exact/{name}": value for name, value in self.distances(made[:2_000], recent).items()}
         return self.rows(made), {"losses/model_loss": loss, **found}
