@@ -18,11 +18,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
-from typing import Literal
+from typing import Any, Literal
 
 import submitit
 import tyro
@@ -56,7 +57,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     },
 }
 BASELINES = ("iql", "td3_bc", "exact")  # the variants with a file of their own
-KEPT = ("args.json", "evaluations.csv", "metrics.jsonl", "result.json", "diagnostics.json")
+KEPT = ("args.json", "evaluations.csv", "metrics.jsonl", "result.json")
 
 
 @dataclass
@@ -98,19 +99,40 @@ class Launcher:
         self.args, self.script = args, importlib.import_module(args.script)
         self.executor = submitit.AutoExecutor(args.runs_dir / "submitit", cluster=args.executor)
         hours = 10_000 if args.executor == "local" else args.slurm_hours
-        self.executor.update_parameters(timeout_min=60 * hours, gpus_per_node=args.gpus)
+        self.executor.update_parameters(timeout_min=60 * hours, gpus_per_node=args.gpus or None)
         self.executor.update_parameters(slurm_partition=args.slurm_partition)
         self.interrupted = False
         self.devices: Queue[str] = Queue()
         for i in range(args.workers):
             self.devices.put(f"cuda:{i % args.gpus}" if args.gpus and args.executor == "local" else "auto")
 
+    def differs(self, found: dict[str, Any], flags: list[str], free: set[str]) -> bool:
+        """Whether a run's arguments are not those that the script would resolve now, the free ones aside."""
+        wanted = vars(self.script.parse_args(flags))
+        return any(found.get(name) != value for name, value in wanted.items() if name not in free)
+
+    def started(self, work: Path, flags: list[str]) -> list[Path]:
+        """Folders in `work` of runs of these arguments that can go on; those of other arguments, as before a change."""
+        found = []
+        for folder in sorted((path.parent for path in work.glob("*/checkpoint.pt")), key=lambda x: x.stat().st_mtime):
+            saved = self.script.load_checkpoint(str(folder))
+            offline = saved["progress"]["step"] <= saved["args"].get("offline_updates", -1)
+            free = self.script.RESUMABLE | (self.script.ONLINE if offline else set())
+            if self.differs(saved["args"], flags, free):
+                tqdm.write(f"{folder}: of other arguments, left alone", file=sys.stderr)
+            else:
+                found.append(folder)
+        return found
+
     def train(self, work: Path, file: str, flags: list[str], pretrained: Path | None = None) -> tuple[int, Path]:
         """Start a run in `work`, or go on with the one there, or with a copy of `pretrained`; exit code and folder."""
         work.mkdir(parents=True, exist_ok=True)
-        if pretrained and not any(work.glob("*/checkpoint.pt")):
-            shutil.copytree(pretrained, work / "copy", dirs_exist_ok=True)
-        started = sorted(path.parent for path in work.glob("*/checkpoint.pt"))
+        started = self.started(work, flags)
+        if pretrained and not started:
+            part = work.with_name(f"{work.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(pretrained, part, ignore=shutil.ignore_patterns("result.json"))  # not yet this run's
+            started = [part.rename(work / f"copy_{time.time_ns()}")]
         flags = [*flags, "--resume", str(started[-1])] if started else [*flags, "--runs-dir", str(work)]
         device = self.devices.get()
         try:
@@ -123,18 +145,18 @@ class Launcher:
             self.interrupted |= code == 130
         finally:
             self.devices.put(device)
-        return code, max((path.parent for path in work.glob("*/args.json")), default=work)
+        latest = max(work.glob("*/args.json"), key=lambda path: path.stat().st_mtime, default=work / "none")
+        return code, latest.parent
 
     def is_done(self, raw: Path, flags: list[str]) -> bool:
         """Whether raw files of a finished run with these arguments are there."""
         if not (raw / "result.json").exists():
             return False
-        wanted, about = self.script.parse_args(flags), json.loads((raw / "args.json").read_text())["args"]
-        updates, free = json.loads((raw / "result.json").read_text())["updates"], self.script.RESUMABLE
-        same = all(
-            about.get(name, {}).get("value") == value for name, value in vars(wanted).items() if name not in free
-        )
-        return same and updates >= wanted.num_updates
+        about = json.loads((raw / "args.json").read_text())["args"]
+        updates = json.loads((raw / "result.json").read_text())["updates"]
+        values = {name: entry["value"] for name, entry in about.items()}
+        enough = updates >= self.script.parse_args(flags).num_updates
+        return enough and not self.differs(values, flags, self.script.RESUMABLE)
 
     def run(self, name: str, flags: list[str], agent: Future[tuple[int, Path]] | None) -> str:
         """One job, with the pre-trained agent that it goes on with; what became of it."""
@@ -150,11 +172,14 @@ class Launcher:
             return "FAILED: interrupted; launch again to go on"
         if code not in (0, 3):
             return f"FAILED with exit code {code}, see {work}/log.txt"
-        raw.mkdir(parents=True, exist_ok=True)
-        for file in KEPT:  # without this machine's paths
-            (raw / file).unlink(missing_ok=True)
-            if folder and (folder / file).exists():
-                (raw / file).write_text((folder / file).read_text().replace(f"{ROOT}/", ""))
+        part = self.args.runs_dir / f"{name}.raw"  # all files or none
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        for file in KEPT if code == 0 else (*KEPT[:-1], "diagnostics.json"):
+            if folder and (folder / file).exists():  # without this machine's paths
+                (part / file).write_text((folder / file).read_text().replace(f"{ROOT}/", ""))
+        shutil.rmtree(raw, ignore_errors=True)
+        shutil.move(part, raw)
         if code == 3:
             return f"FAILED: diverged, see {raw}/diagnostics.json"
         return f"return {json.loads((raw / 'result.json').read_text())['return']}"
@@ -174,6 +199,9 @@ def main(args: Args) -> None:
                     common += ["--num-updates", str(args.updates), "--eval-every", "10000"]
                 jobs[f"{env_id}__{variant}__{seed}"] = common + flags
     jobs = {name: flags for name, flags in jobs.items() if args.jobs in name}
+    if not jobs:
+        print(f"launch.py: error: no job's name contains {args.jobs!r}", file=sys.stderr)
+        raise SystemExit(2)
     launcher, failed = Launcher(args), 0
     with ThreadPoolExecutor(2 * len(jobs) or 1) as pool:
         agents: dict[str, Future[tuple[int, Path]]] = {}  # pre-trained, one for the variants of a data set and seed

@@ -1,14 +1,15 @@
 """Tables and figures from the raw runs: python benchmark_results/report.py
 
-Writes the README's tables and two figures. Per data set and variant: means over seeds of the last evaluation, of the
-mean of the last ten and of the best one; the interquartile mean of the last evaluation's episodes over all seeds with a
-95 % bootstrap interval, seeds resampled first, then episodes within each. For EDIS, where all is of the online phase,
-its difference to the other variants seed by seed, and the distances of its synthetic transitions with and without
-guidance too.
+Writes the README's tables and two figures. Per data set and variant: means and standard deviations over seeds of the
+last evaluation, of the mean of the last ten and of the best one; the interquartile mean of the last evaluation's
+episodes over all seeds with a 95 % bootstrap interval, seeds resampled first, then episodes within each. For EDIS,
+where all is of the online phase, its difference to the other variants seed by seed, and the distances of its synthetic
+transitions with and without guidance too.
 """
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,9 +61,17 @@ def finished(jobs: dict[str, Job | None]) -> list[Job]:
 
 
 def load(folder: Path) -> Job | None:
-    """None: it diverged."""
-    if not (folder / "result.json").exists():
+    """None: it diverged. Exit 2 where the folder holds neither a result nor a divergence."""
+    if (folder / "diagnostics.json").exists():
         return None
+    try:
+        return load_finished(folder)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        print(f"report.py: error: {folder} is not a finished run: {error!r}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def load_finished(folder: Path) -> Job:
     with open(folder / "evaluations.csv") as file:
         rows = [(int(row["step"]), float(row["return"])) for row in csv.DictReader(file)]
     steps = sorted({step for step, _ in rows})
@@ -99,7 +108,8 @@ def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str
             middle = f"{interquartile_mean(last.ravel()):.0f}" + f" [{low:.0f}, {high:.0f}]" * (len(jobs) > 1)
             curves = [[r for step, r in zip(job.steps, job.curve, strict=True) if step > 0] for job in jobs]
             scores = np.array([(curve[-1], sum(curve[-10:]) / len(curve[-10:]), max(curve)) for curve in curves])
-            means = " | ".join(f"{value:.0f}" for value in scores.mean(0))
+            spread = [f" ± {value:.0f}" for value in scores.std(0, ddof=1)] if len(jobs) > 1 else [""] * 3
+            means = " | ".join(f"{value:.0f}{sd}" for value, sd in zip(scores.mean(0), spread, strict=True))
             lines.append(f"| {name} | {seeds} | {jobs[0].steps[-1]} | {means} | {middle} |")
     return lines
 
@@ -126,7 +136,7 @@ def training_table(runs: Runs) -> list[str]:
     """Mean return of the training episodes that end in each third of the online phase, over seeds."""
     lines = ["| data | algorithm | seeds | first third | second | last |", "|" + "---|" * 6]
     for env_id, variants in runs.items():
-        for variant, jobs in ((variant, finished(jobs)) for variant, jobs in variants.items()):
+        for variant, jobs in ((variant, finished(jobs)) for variant, jobs in variants.items() if finished(jobs)):
             thirds = []
             for job in jobs:
                 offline, total = job.result["updates"] - job.steps[-1], job.steps[-1]
@@ -215,20 +225,29 @@ def main() -> None:
     d4rl: Runs = {}
     order = list(LABELS)
     folders = [folder.name.split("__") for folder in (HERE / "raw").glob("*__*__*")]
+    if unknown := ["__".join(parts) for parts in folders if len(parts) != 3 or parts[1] not in order]:
+        print(f"report.py: error: not a data set, a known variant and a seed: {', '.join(unknown)}", file=sys.stderr)
+        raise SystemExit(2)
     for env_id, variant, seed in sorted(folders, key=lambda parts: (parts[0], order.index(parts[1]), parts[2])):
         bundled = edp if order.index(variant) < order.index("edis") else edis
         runs = bundled if env_id in statistics else d4rl
         jobs = runs.setdefault(env_id, {}).setdefault(variant, {})
         jobs[seed] = load(HERE / "raw" / "__".join((env_id, variant, seed)))
-    replace("EDP", results_table(edp, statistics, "updates"))
-    draw(edp, statistics, "updates", HERE / "learning_curves.png")
-    replace("D4RL", d4rl_table(d4rl))
+        shapes = {(tuple(job.steps), len(job.last)) for job in finished(jobs)}
+        if len(shapes) > 1:
+            print(f"report.py: error: seeds of {env_id}__{variant} differ in evaluations or episodes", file=sys.stderr)
+            raise SystemExit(2)
+    tables = {"D4RL": d4rl_table(d4rl)}
+    if edp:
+        tables["EDP"] = results_table(edp, statistics, "updates")
+        draw(edp, statistics, "updates", HERE / "learning_curves.png")
     if edis:
-        replace("EDIS", results_table(edis, statistics, "online steps"))
-        replace("EDIS, paired", paired_table(edis))
-        replace("EDIS, training", training_table(edis))
-        replace("distances", distance_table(edis))
+        tables["EDIS"] = results_table(edis, statistics, "online steps")
+        tables |= {"EDIS, paired": paired_table(edis), "EDIS, training": training_table(edis)}
+        tables["distances"] = distance_table(edis)
         draw(edis, statistics, "online steps (below 0: offline updates)", HERE / "edis_curves.png")
+    for name, lines in tables.items():
+        replace(name, lines)
 
 
 if __name__ == "__main__":

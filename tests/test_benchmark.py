@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_columns, write_hdf5
+from matplotlib.pyplot import imread
 
 import edp_iql
 
@@ -21,7 +22,7 @@ import edp_iql
 def copy(tmp_path):
     shutil.copytree(ROOT / "benchmark_results", tmp_path / "benchmark_results")
     shutil.copytree(ROOT / "datasets", tmp_path / "datasets")
-    for name in ("edp_iql.py", "README.md"):
+    for name in ("edp_iql.py", "edis_sac.py", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
@@ -58,6 +59,38 @@ def test_launch(copy):
     script.write_text(script.read_text().replace("    main(parse_args())", "    raise SystemExit(7)"))
     failed = call(copy, *command)
     assert failed.returncode == 1 and "FAILED with exit code 7" in failed.stdout, failed
+    assert call(copy, *command[:-1], "no-such-job").returncode == 2
+
+
+def test_launch_begins_anew_where_arguments_changed(copy):
+    """A preset that changed is not mixed with a run from before."""
+    raw, script = copy / "benchmark_results" / "raw", copy / "edp_iql.py"
+    shutil.rmtree(raw)
+    flags = "edp_iql --seeds 1 --updates 2 --compile off --jobs replay-mini__bc__"
+    rates = []
+    for rate in ("1e-3", "2e-3"):
+        script.write_text(script.read_text().replace('"lr": 1e-3', f'"lr": {rate}'))
+        done = call(copy, "benchmark_results/launch.py", *flags.split())
+        assert done.returncode == 0 and "__bc__0: return" in done.stdout, done
+        about = json.loads((raw / "hopper-medium-replay-mini__bc__0" / "args.json").read_text())
+        rates.append(about["args"]["lr"]["value"])
+        assert not about["resumed_from"]
+    assert rates == [0.001, 0.002] and "of other arguments" in done.stderr
+
+
+def test_an_agent_that_diverges_online_has_no_result(copy):
+    """Its pre-trained agent's own does not pass for one."""
+    raw, script = copy / "benchmark_results" / "raw", copy / "edis_sac.py"
+    shutil.rmtree(raw)
+    text = script.read_text().replace('"offline_updates": 6_000', '"offline_updates": 2')
+    script.write_text(text.replace('"cql_alpha_online": 10.0', '"cql_alpha_online": 1e38'))
+    flags = "edis_sac --seeds 1 --online-steps 300 --compile off --jobs medium-mini__none__0"
+    diverged = call(copy, "benchmark_results/launch.py", *flags.split())
+    assert diverged.returncode == 1 and "FAILED: diverged" in diverged.stdout, diverged
+    assert sorted(path.name for path in (raw / "hopper-medium-mini__none__0").iterdir()) == [
+        "args.json", "diagnostics.json", "evaluations.csv", "metrics.jsonl",
+    ]  # fmt: skip
+    assert "| online data only | 0, 1 diverged |" in call(copy, "benchmark_results/report.py").stdout
 
 
 CLUSTER = {
@@ -112,7 +145,28 @@ def test_report_is_up_to_date(copy):
     assert report.returncode == 0, report
     assert (copy / "README.md").read_text() == before
     figures = re.findall(r"\]\((benchmark_results/\S+\.png)\)", before)
-    assert figures and all((copy / figure).stat().st_size > 10_000 for figure in figures)
+    assert len(figures) == 2
+    for figure in figures:
+        np.testing.assert_allclose(imread(copy / figure), imread(ROOT / figure), atol=0.1)
+
+
+@pytest.mark.parametrize("damage", ["unknown", "unfinished", "shorter"])
+def test_report_names_a_bad_folder(copy, damage):
+    """And leaves the README as it was."""
+    before = (copy / "README.md").read_text()
+    name = "hopper-medium-replay-mini__bc__0"
+    folder = copy / "benchmark_results" / "raw" / name
+    if damage == "unknown":
+        name = folder.rename(folder.with_name(name.replace("bc", "abc"))).name
+    elif damage == "unfinished":
+        (folder / "result.json").unlink()
+    else:
+        rows = (folder / "evaluations.csv").read_text().splitlines(keepends=True)
+        (folder / "evaluations.csv").write_text("".join(rows[:-10]))
+        name = name[:-3]
+    failed = call(copy, "benchmark_results/report.py")
+    assert failed.returncode == 2 and name in failed.stderr and failed.stderr.count("\n") == 1, failed
+    assert (copy / "README.md").read_text() == before
 
 
 @pytest.mark.parametrize("name, flags", [("iql", ["--inverse-temperature", "0"]), ("td3_bc", ["--eta", "0"])])
