@@ -4,6 +4,8 @@ Like a graph it keeps the operations and the tensors of one call; a number that 
 """
 
 import importlib
+from contextlib import ExitStack
+from unittest import mock
 
 import pytest
 import torch
@@ -67,6 +69,23 @@ class HostReads(TorchDispatchMode):
     """Counts operations that wait for a device: values read, and shapes that depend on values."""
 
     count = 0
+
+    def __enter__(self):
+        self.patches = ExitStack()
+        for name in ("cpu", "numpy", "tolist"):  # on a CPU no operation
+            self.patches.enter_context(mock.patch.object(torch.Tensor, name, self.counted(getattr(torch.Tensor, name))))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patches.close()
+        super().__exit__(*error)
+
+    def counted(self, method):
+        def call(tensor, *args, **kwargs):
+            self.count += 1
+            return method(tensor, *args, **kwargs)
+
+        return call
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name, masks = (
@@ -176,11 +195,24 @@ def test_a_sample_waits_for_nothing(name, sampler):
     assert reads.count == 0
 
 
+@pytest.mark.parametrize("name", EDP)
+def test_the_loop_waits_for_nothing(name, hopper_file, tmp_path):
+    """More updates between two logs, no more reads."""
+    script, counts = importlib.import_module(name), []
+    for updates in ("2", "5"):
+        flags = ["--env-id", "my-robot", "--dataset-path", str(hopper_file), "--runs-dir", str(tmp_path)]
+        flags += ["--batch-size", "8", "--num-updates", updates]
+        with HostReads() as reads:
+            script.main(script.parse_args(flags))
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
+
+
 def test_what_is_counted_as_a_wait():
     x = torch.arange(3)
     with HostReads() as reads:
-        x.sum().item(), float(x[0]), bool(x.any()), x[x > 0], x[x[1]], x.nonzero()
-    assert reads.count == 6
+        x.sum().item(), float(x[0]), bool(x.any()), x[x > 0], x[x[1]], x.nonzero(), x.cpu(), x.numpy(), x.tolist()
+    assert reads.count == 9
 
 
 @pytest.mark.parametrize("told", ["operation not permitted\nand more", ""])

@@ -184,12 +184,25 @@ def test_every_choice_is_a_branch(name):
             assert f"--{'no-' if field.default else ''}{flag[2:]} " in flags, flag
 
 
-def test_compiled_update_agrees_with_eager(run, script):
-    """Metrics of compiled and eager runs, to float32 rounding."""
-    logs = [rows_of(script.Path(run("--compile", mode)["run_dir"]) / "metrics.jsonl") for mode in ("off", "on")]
+def test_compiled_update_agrees_with_eager(run, script, capsys):
+    """Metrics and weights of compiled and eager runs, to float32 rounding; and that one is compiled."""
+    from torch._dynamo.utils import counters
+
+    longer = () if script.__name__ == "edis_sac" else ("--num-updates", "50", "--eval-every", "50")
+    logs, states = [], []
+    for mode in ("off", "on"):
+        counters.clear()
+        folder = script.Path(run("--compile", mode, *longer)["run_dir"])
+        assert (counters["stats"]["unique_graphs"] > 0) == (mode == "on")
+        logs.append(rows_of(folder / "metrics.jsonl"))
+        states.append(torch.load(folder / "checkpoint.pt", weights_only=True))
+    assert "warning" not in capsys.readouterr().err
     for eager, compiled in zip(*logs, strict=True):
         for name in (name for name in eager if name.startswith("losses/")):
             assert compiled[name] == pytest.approx(eager[name], rel=1e-3, abs=1e-5)
+    for name in {"policy", "value", "critic", "actor", "denoiser"} & states[0].keys():
+        eager, compiled = (torch.cat([x.flatten() for x in state[name].values()]) for state in states)
+        assert (compiled - eager).norm() < 1e-5 * eager.norm()
 
 
 @pytest.mark.parametrize("message, told", [("no compiler\nand pages of log", "no compiler"), ("", "RuntimeError('')")])
