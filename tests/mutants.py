@@ -181,6 +181,29 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
         "index[:share] = torch.randint(len(x) - recent",
         "index[:share] = torch.randint(0",
     ),
+    "EDIS: negatives of other levels": ("edis_sac.py", "pool[level[:, None],", "pool[level.flip(0)[:, None],"),
+    "EDIS: another spread of the training noise": (
+        "edis_sac.py",
+        "(1.2 * torch.randn(len(batch)",
+        "(0.2 * torch.randn(len(batch)",
+    ),
+    "EDIS: half the churn": (
+        "edis_sac.py",
+        "min(churn / steps, math.sqrt(2) - 1)",
+        "min(churn / steps, math.sqrt(2) - 1) / 2",
+    ),
+    "EDIS run: an episode goes on after a timeout": (
+        "edis_sac.py",
+        "ends, keep = terminals | timeouts,",
+        "ends, keep = terminals,",
+        "offline_batches",
+    ),
+    "EDIS run: the switch of E3 for E2": (
+        "edis_sac.py",
+        "args.policy_scale * args.policy_energy,",
+        "args.policy_scale * args.transition_energy,",
+        "online_batches",
+    ),
     "EDIS: simulator's transform": ("edis_sac.py", "/ transform.obs_scale -", "* transform.obs_scale -"),
     "EDIS: the difference for s'": ("edis_sac.py", "x[:, -S:] + x[:, :S]]", "x[:, -S:]]"),
     "EDIS: the difference for the model": (

@@ -34,12 +34,14 @@ class GaussianDenoiser:
 COV = [[1.0, 0.6, -0.3], [0.6, 0.8, 0.2], [-0.3, 0.2, 0.5]]
 
 
-@pytest.mark.parametrize("churn", [0.0, 80.0])
+@pytest.mark.parametrize("steps, churn, bound", [(64, 0.0, 0.04), (64, 80.0, 0.1), (32, 80.0, 0.2)])
 @pytest.mark.parametrize("mean, cov", [([0.4], [[0.25]]), ([0.4, -1.0, 0.0], COV)])
-def test_unguided_sampling_gives_mean_and_covariance(mean, cov, churn):
-    x = edis.EDM(64, churn, CPU).sample(GaussianDenoiser(mean, cov), torch.randn(30_000, len(mean)))
+def test_unguided_sampling_gives_mean_and_covariance(mean, cov, steps, churn, bound):
+    """In the narrow directions too: of the whitened samples. Few steps that add noise widen them."""
+    x = edis.EDM(steps, churn, CPU).sample(GaussianDenoiser(mean, cov), torch.randn(30_000, len(mean)))
     assert_close(x.mean(0), torch.tensor(mean), atol=0.02, rtol=0)
-    assert_close(x.T.cov().reshape(len(mean), -1), torch.tensor(cov), atol=0.06, rtol=0)
+    whitened = torch.linalg.solve(torch.linalg.cholesky(torch.tensor(cov)), (x - torch.tensor(mean)).T)
+    assert_close(whitened.cov().reshape(len(mean), -1), torch.eye(len(mean)), atol=bound, rtol=0)
 
 
 def test_denoiser_learns():
@@ -50,10 +52,12 @@ def test_denoiser_learns():
     ema = edis.copy.deepcopy(denoiser).requires_grad_(False)
     edis.train_denoiser(args, denoiser, ema, x, len(x))
     exact, test = GaussianDenoiser([0.0] * 3, COV), x[:2_000]
-    for sigma in torch.tensor([0.1, 0.5, 2.0]):
+    narrow = torch.linalg.eigh(torch.tensor(COV))[1][:, 0]
+    for sigma, bound in torch.tensor([[0.1, 0.008], [0.5, 0.06], [2.0, 0.09]]):
         noised = test + sigma * torch.randn_like(test)
         with torch.no_grad():
-            assert (ema(noised, sigma) - exact(noised, sigma)).square().mean().sqrt() < 0.08, sigma
+            error = ema(noised, sigma) - exact(noised, sigma)
+        assert error.square().mean().sqrt() < bound and (error @ narrow).square().mean().sqrt() < bound, sigma
 
 
 def test_preconditioning():
@@ -248,11 +252,11 @@ def test_energies_are_the_log_density_ratios(trained, sigma):
         )
         return next(marginals) - next(marginals)
 
-    for i, bound in enumerate((0.1, 0.25, 0.35)):
+    for i in range(3):
         with torch.no_grad():
-            error = energies(energies.nets[i], x[:, : i + 1], torch.full((len(x),), sigma))
-        error -= log_ratio(i + 1) - (log_ratio(i) if i else 0)
-        assert error.std() < bound, (i, error.std())
+            energy = energies(energies.nets[i], x[:, : i + 1], torch.full((len(x),), sigma))
+        exact = log_ratio(i + 1) - (log_ratio(i) if i else 0)
+        assert (energy - exact).std() < 0.35 * exact.std(), i
 
 
 def test_trained_energies_give_the_target(trained):
@@ -267,7 +271,7 @@ def test_trained_energies_give_the_target(trained):
     cov = x[:, :2].T.cov()
     assert cov[0, 1] / cov[0, 0] > 0.7  # the policy's 0.4 s is E2's doing
     x = work.generate(6_000, denoise, edis.make_guidance(work.networks["energies"], (0.0, 1.0, 1.0), True, 10.0))
-    assert x[:, 0].mean() < 0.7  # the recent states are E1's
+    assert x[:, 0].mean() < 0.45  # the recent states are E1's
 
 
 def a_world(n):

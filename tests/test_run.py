@@ -665,7 +665,9 @@ def test_online_rows_are_the_environments(run_edis):
     assert not end and saved["interaction"]["episode"] == episode
 
 
-@pytest.mark.parametrize("augmentation", ["edis", "edis-without-energies", "synther", "offline", "none"])
+@pytest.mark.parametrize(
+    "augmentation", ["edis", "edis-without-energies", "edis-without-policy", "synther", "offline", "none"]
+)
 def test_what_online_batches_are_made_of(run_edis, augmentation, monkeypatch):
     """Online rows beside the last round's synthetic ones, which are guided, or real ones where there are none."""
     import edis_sac
@@ -704,11 +706,13 @@ def test_what_online_batches_are_made_of(run_edis, augmentation, monkeypatch):
         "--batch-size 4 --online-steps 17 --positive-buffer 10 --first-round 9 --round-every 4 --synthetic-ratio 0.25"
     )
     flags = f"{flags} --cql-alpha-online 0.5 --augmentation {augmentation.split('-')[0]}".split()
-    if augmentation == "edis-without-energies":
-        flags += ["--no-state-energy", "--no-policy-energy", "--no-transition-energy"]
+    flags += ["--state-scale", "2", "--policy-scale", "3", "--transition-scale", "4"]
+    off = {"edis-without-energies": (0, 1, 2), "edis-without-policy": (1,)}.get(augmentation, ())
+    flags += [f"--no-{name}-energy" for i, name in enumerate(("state", "policy", "transition")) if i in off]
     saved, data = run_edis("--offline-updates", "3", *flags)
     online = saved["online"]["rows"][:, :27]
-    size = 5 if augmentation == "edis" else 2  # to compare with: unguided; the rows; to compare with: each energy off
+    guided = augmentation in ("edis", "edis-without-policy")
+    size = 5 if guided else 2  # to compare with: unguided; the rows; to compare with: each energy off
     rounds = [made[i : i + size] for i in range(0, len(made), size)]
 
     def among(rows, others):
@@ -728,12 +732,39 @@ def test_what_online_batches_are_made_of(run_edis, augmentation, monkeypatch):
         assert among(batch[share:], online[: i - 2]) == [True] * (4 - share) and len(batch) == 4
         if share and rounds and i >= 3 + 9:
             all_scales = [scales for _, scales, _ in rounds[(i - 3 - 9) // 4]]
-            guided = [None, (1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0)]
-            assert all_scales == (guided if augmentation == "edis" else [None, None])
+            scales = [tuple(0 if j in (*off, without) else j + 2 for j in range(3)) for without in (None, 0, 1, 2)]
+            assert all_scales == ([None, *scales] if guided else [None, None])
             n, _, rows = rounds[(i - 3 - 9) // 4][1]
             assert n == 20 and among(batch[:1], rows) == [True]
         elif share:
             assert among(batch[:1], data) == [True]
+
+
+def test_offline_batches_know_their_returns(run_edis, monkeypatch):
+    """Monte-Carlo returns to go of the file's rows, which end at terminals and timeouts."""
+    import edis_sac
+
+    seen, make_update, columns = [], edis_sac.make_update, make_columns()
+
+    def spied_make_update(*args):
+        update, optimizers = make_update(*args)
+
+        def spied(**batch):
+            seen.append(torch.column_stack([batch["s"], batch["mc"]]))
+            return update(**batch)
+
+        return spied, optimizers
+
+    monkeypatch.setattr(edis_sac, "make_update", spied_make_update)
+    run_edis("--offline-updates", "20", "--online-steps", "0", "--gamma", "0.9", "--batch-size", "32")
+    expected = {}
+    for start in range(0, 600, 50):  # its episodes, which end in turn by a terminal and by a timeout
+        for i in range(start, start + 50):
+            rewards = columns["rewards"][i : start + 50]
+            expected[columns["observations"][i].tobytes()] = sum(0.9**n * r for n, r in enumerate(rewards))
+    rows = torch.cat(seen).numpy()
+    assert len({row[:11].tobytes() for row in rows}) > 100
+    assert [row[11] for row in rows] == pytest.approx([expected[row[:11].tobytes()] for row in rows], rel=1e-5)
 
 
 def test_online_runs_share_a_pretrained_agent(tmp_path, hopper_file, capsys):
