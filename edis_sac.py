@@ -30,9 +30,10 @@ x = (s, a, s'). It splits by the chain rule of probability, at every sigma, into
 and so InfoNCE trains them: E1 by states, E1 + E2 by pairs with E1 held fixed, and E3 on top of an energy of the recent
 pairs (`behavior`), as the policy's new actions have no s' yet. The negatives of each positive are noised transitions
 that the unguided sampler went through. As sigma -> 0, E2 is log p(a|s) / pi(a|s) and E3 log p(s'|s, a) / T(s'|s, a), as
-in the paper. Above, negatives of the positive's own clean s, a ~ p_theta(a | s), are not enough: a noised s leaves open
-which s it was, and the noised a tells more, which such negatives cannot show. For the same reason E3 is exact there
-only as far as the policy is that of the recent transitions.
+in the paper. Above, negatives of the positive's own clean s, a ~ p_theta(a | s), are not enough: a noised s and a leave
+open which s they were of, which such negatives have guessed by the recent states, where the sampler needs p_theta's.
+For the same reason E3 is exact there only as far as the policy is that of the recent transitions, and with an energy
+switched off or scaled, the others are not the ratios of what is left: q ~ p_theta exp(-E2 - E3) only as sigma -> 0.
 
 Deviations:           paper                       published code (liuxhym/EDIS)       here
     negatives of E2   of the same s               a vector with zeros, of other       of the unguided sampler: pairs
