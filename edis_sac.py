@@ -1089,9 +1089,9 @@ class Round(NamedTuple):
         state: energy distance of the states; policy: of the actions' quantiles under the policy in their states, from
         those of its own actions; dynamics: how far s' is from the environment's, per dimension and in standard
         deviations of the data, the mean over transitions and, led by the few that make or break contact, the root mean
-        square. reward_rms, mask_bias: what the model says of x less what the environment gives after s and a.
-        nearest: the median distance to the nearest other recent transition; far below that of real ones, the denoiser
-        copies.
+        square; learned_dynamics: the former, of the mean s' that E3 knows of. reward_rms, mask_bias: what the model
+        says of x less what the environment gives after s and a. nearest: the median distance to the nearest other
+        recent transition; far below that of real ones, the denoiser copies.
         """
         S = self.obs_dim
         s = x[:, :S]
@@ -1108,8 +1108,11 @@ class Round(NamedTuple):
         if self.simulate:
             s, a, next_s, tail = self.rows(x)[:, :-1].split([S, x.shape[1] - 2 * S, S, 2], dim=1)
             truth = self.simulate(s, a)
-            error = ((truth[:, :S] - next_s) / self.std[:S]).square().mean(1)
+            with torch.no_grad():
+                mean = self.networks["energies"].dynamics(x[:, :-S]) * self.std[-S:] + self.mean[-S:] + s
+            error, learned = (((truth[:, :S] - y) / self.std[:S]).square().mean(1) for y in (next_s, mean))
             reward, mask = (tail - truth[:, S:]).unbind(1)
+            found["learned_dynamics"] = learned.sqrt().mean()
             found |= {"dynamics": error.sqrt().mean(), "dynamics_rms": error.mean().sqrt()}
             found |= {"reward_rms": reward.square().mean().sqrt(), "mask_bias": mask.mean()}
         return found

@@ -521,6 +521,8 @@ def test_distances():
     copies = work.distances(recent + 1e-4, recent)["nearest"]
     assert 0 < copies < 0.1 * right["nearest"] and right["nearest"] < 0.2
     assert abs(right["state"]) < 0.02 and abs(right["policy"]) < 0.02 and right["dynamics"] < 1e-5
+    mean_s = s + 2 + 3 * networks["energies"].dynamics(recent[:, :2]).detach()  # s plus the difference that is learned
+    assert_close(right["learned_dynamics"], ((s + a - mean_s) / 2).abs().mean())
     assert right["reward_rms"] == pytest.approx(0.25, abs=1e-4) and right["mask_bias"] == pytest.approx(0.125, abs=1e-4)
     for column, name in enumerate(("state", "policy", "dynamics")):
         wrong = recent.clone()

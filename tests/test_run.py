@@ -633,7 +633,7 @@ def test_edis_smoke(tmp_path, hopper_file):
     folder = edis_sac.Path(result["run_dir"])
     rounds = [row for row in rows_of(folder / "metrics.jsonl") if "guided/state" in row]
     assert [row["step"] for row in rounds] == [601, 1601]
-    distances = ("state", "policy", "dynamics", "dynamics_rms", "reward_rms", "mask_bias")
+    distances = ("state", "policy", "dynamics", "dynamics_rms", "learned_dynamics", "reward_rms", "mask_bias")
     names = {f"{kind}/{name}" for kind in ("guided", "unguided", "recent") for name in distances}
     names |= {f"{energy}_off/{name}" for energy in ("state", "policy", "transition") for name in distances}
     names |= {"charts/generated_per_second", "losses/denoiser_loss", "losses/model_loss"}
