@@ -84,6 +84,7 @@ def kills(name: str, count: int, folder: Path) -> None:
         killed += done is None
         for run in started if done is None and moment in hit else ():
             hit[moment] += moment(run)
+    assert killed == count, f"{name} ended after {killed} kills: give it more updates or fewer kills"
     same_run(script, {"run_dir": whole}, {"run_dir": done})
     where = f"{hit[writing]} during a checkpoint's writing, {hit[evaluating]} during an evaluation"
     print(f"{name}: {killed} kills, {where}: the same weights, metrics and evaluations")
