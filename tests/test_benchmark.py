@@ -150,6 +150,20 @@ def test_report_is_up_to_date(copy):
         np.testing.assert_allclose(imread(copy / figure), imread(ROOT / figure), atol=0.1)
 
 
+def test_speed_tables_are_those_of_the_measurement():
+    sys.path.insert(0, str(ROOT / "benchmark_results"))
+    import speed
+
+    written = (ROOT / "README.md").read_text().split(speed.MARK)[1].split("<!-- end -->")[0]
+    assert speed.tables(json.loads(speed.SPEED.read_text())) == written
+
+
+@pytest.mark.parametrize("case", ["EDP-TD3, DDPM, K = 5", "EDIS, SAC's update", "one environment"])
+def test_speed_measures(case):
+    done = call(ROOT, "benchmark_results/speed.py", "--case", case, "--seconds", "0.05")
+    assert done.returncode == 0 and all(value > 0 for value in json.loads(done.stdout).values()), done
+
+
 @pytest.mark.parametrize("damage", ["unknown", "unfinished", "shorter"])
 def test_report_names_a_bad_folder(copy, damage):
     """And leaves the README as it was."""
