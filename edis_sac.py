@@ -188,7 +188,7 @@ class Args:
 # above names; its scales belong to other energies.
 # Bundled sets: ours, for half an hour on a CPU. Without the penalty online Q outgrows what can be reached. At a gamma
 # of 0.99 the medium policy, which falls after some 330 steps, is worth as much as the expert. The first 1000 online
-# transitions are 1 % of the data: guided there, a denoiser that sees all alike doubles its error in s'.
+# transitions are 1 % of the data: guided there, a denoiser that sees all alike errs more in s'.
 MINI = {
     "observation_transform": "per-dimension", "offline_updates": 6_000, "online_steps": 10_000, "actor_lr": 3e-4,
     "gamma": 0.997, "tau": 0.01, "cql_alpha": 10.0, "cql_alpha_online": 10.0, "cql_actions": 2, "synthetic_ratio": 0.5,
@@ -1106,11 +1106,11 @@ class Round(NamedTuple):
         found["nearest"] = apart.where(apart > 0, math.inf).amin(1).median()
         found["policy"] = energy_distance(quantiles(x[:, S:-S]), quantiles(self.policy(s)))
         if self.simulate:
-            s, a, next_s, tail = self.rows(x)[:, :-1].split([S, x.shape[1] - 2 * S, S, 2], dim=1)
-            truth = self.simulate(s, a)
+            raw, tail = self.rows(x)[:, :-1].tensor_split([x.shape[1]], dim=1)
+            truth = self.simulate(raw[:, :S], raw[:, S:-S])
             with torch.no_grad():
-                mean = self.networks["energies"].dynamics(x[:, :-S]) * self.std[-S:] + self.mean[-S:] + s
-            error, learned = (((truth[:, :S] - y) / self.std[:S]).square().mean(1) for y in (next_s, mean))
+                mean = self.networks["energies"].dynamics(x[:, :-S]) * self.std[-S:] + self.mean[-S:] + raw[:, :S]
+            error, learned = (((truth[:, :S] - y) / self.std[:S]).square().mean(1) for y in (raw[:, -S:], mean))
             reward, mask = (tail - truth[:, S:]).unbind(1)
             found["learned_dynamics"] = learned.sqrt().mean()
             found |= {"dynamics": error.sqrt().mean(), "dynamics_rms": error.mean().sqrt()}

@@ -56,8 +56,8 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "exact_no_state": ["--no-state-energy"],
     },
 }
-BASELINES = ("iql", "td3_bc", "exact")  # the variants with a file of their own
-KEPT = ("args.json", "evaluations.csv", "metrics.jsonl", "result.json")
+BASELINES = {"iql": "iql", "td3_bc": "td3_bc", "exact": "exact", "exact_no_state": "exact"}  # with files of their own
+KEPT = ("args.json", "evaluations.csv", "metrics.jsonl")
 
 
 @dataclass
@@ -165,8 +165,8 @@ class Launcher:
             return "done before"
         code, folder = agent.result() if agent else (0, None)
         if code == 0:
-            variant = name.split("__")[1].split("_no_")[0]
-            file = f"benchmark_results/baselines/{variant}" if variant in BASELINES else self.args.script
+            own = BASELINES.get(name.split("__")[1])
+            file = f"benchmark_results/baselines/{own}" if own else self.args.script
             code, folder = self.train(work, file, flags, folder)
         if code == 130:
             return "FAILED: interrupted; launch again to go on"
@@ -175,7 +175,7 @@ class Launcher:
         part = self.args.runs_dir / f"{name}.raw"  # all files or none
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
-        for file in KEPT if code == 0 else (*KEPT[:-1], "diagnostics.json"):
+        for file in (*KEPT, "result.json" if code == 0 else "diagnostics.json"):
             if folder and (folder / file).exists():  # without this machine's paths
                 (part / file).write_text((folder / file).read_text().replace(f"{ROOT}/", ""))
         shutil.rmtree(raw, ignore_errors=True)
@@ -203,7 +203,7 @@ def main(args: Args) -> None:
         print(f"launch.py: error: no job's name contains {args.jobs!r}", file=sys.stderr)
         raise SystemExit(2)
     launcher, failed = Launcher(args), 0
-    with ThreadPoolExecutor(2 * len(jobs) or 1) as pool:
+    with ThreadPoolExecutor(2 * len(jobs)) as pool:
         agents: dict[str, Future[tuple[int, Path]]] = {}  # pre-trained, one for the variants of a data set and seed
         if args.script == "edis_sac":
             for name, flags in jobs.items():

@@ -168,7 +168,7 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
     "EDIS: no target update": ("edis_sac.py", "target.lerp_(parameter, args.tau)", "pass"),
     "EDIS: simulator in normalised states": (
         "edis_sac.py",
-        "truth = self.simulate(s,",
+        "truth = self.simulate(raw[:, :S],",
         "truth = self.simulate(x[:, :S],",
     ),
     "EDIS: reward of the simulator as it is": (
