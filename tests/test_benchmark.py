@@ -82,8 +82,10 @@ def test_an_agent_that_diverges_online_has_no_result(copy):
     """Its pre-trained agent's own does not pass for one."""
     raw, script = copy / "benchmark_results" / "raw", copy / "edis_sac.py"
     shutil.rmtree(raw)
-    text = script.read_text().replace('"offline_updates": 6_000', '"offline_updates": 2')
-    script.write_text(text.replace('"cql_alpha_online": 10.0', '"cql_alpha_online": 1e38'))
+    text, n = re.subn(r'("offline_updates": )[0-9_]+,', r"\g<1>2,", script.read_text())
+    text, m = re.subn(r'("cql_alpha_online": )[0-9.]+,', r"\g<1>1e38,", text)
+    assert n == m == 1
+    script.write_text(text)
     flags = "edis_sac --seeds 1 --online-steps 300 --compile off --jobs medium-mini__none__0"
     diverged = call(copy, "benchmark_results/launch.py", *flags.split())
     assert diverged.returncode == 1 and "FAILED: diverged" in diverged.stdout, diverged
