@@ -1,10 +1,10 @@
 """Tables and figures from the raw runs: python benchmark_results/report.py
 
-Writes the README's tables and two figures. Per data set and variant: means and standard deviations over seeds of the
-last evaluation, of the mean of the last ten and of the best one; the interquartile mean of the last evaluation's
-episodes over all seeds with a 95 % bootstrap interval, seeds resampled first, then episodes within each. For EDIS,
-where all is of the online phase, its difference to the other variants seed by seed, and the distances of its synthetic
-transitions with and without guidance too.
+Writes the README's tables and three figures, the one of speed from speed.json. Per data set and variant: means and
+standard deviations over seeds of the last evaluation, of the mean of the last ten and of the best one; the
+interquartile mean of the last evaluation's episodes over all seeds with a 95 % bootstrap interval, seeds resampled
+first, then episodes within each. For EDIS, where all is of the online phase, its difference to the other variants seed
+by seed, and the distances of its synthetic transitions with and without guidance too.
 """
 
 import csv
@@ -209,6 +209,21 @@ def draw(runs: Runs, statistics: dict[str, Any], unit: str, path: Path) -> None:
     plt.close(fig)
 
 
+def draw_speed(found: dict[str, Any], path: Path) -> None:
+    """Updates per second at batch 256, as run by default, beside the arithmetic floor."""
+    rates = {name: r for name, r in found["results"].items() if "updates_per_second" in r and ", batch " not in name}
+    fig, ax = plt.subplots(figsize=(8, 4.2), constrained_layout=True)
+    speed, bound = ([r[key] for r in rates.values()] for key in ("updates_per_second", "floor"))
+    ax.barh(list(rates), bound, color="lightgrey", label="floor: the matrix products alone")
+    bars = ax.barh(list(rates), speed, height=0.5, color=COLOURS["edp_iql"], label="updates")
+    ax.bar_label(bars, [f"{value:.1f}" for value in speed], padding=3, fontsize=8)
+    ax.invert_yaxis()
+    ax.set(xlabel=f"updates per second, batch 256: {found['device']}, {found['threads']} thread")
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
 def write(tables: dict[str, list[str]]) -> None:
     """Put each table between the README's markers of its name."""
     text = README.read_text()
@@ -249,6 +264,7 @@ def main() -> None:
         tables |= {"EDIS, paired": paired_table(edis), "EDIS, training": training_table(edis)}
         tables["distances"] = distance_table(edis)
         draw(edis, statistics, "online steps (below 0: offline updates)", HERE / "edis_curves.png")
+    draw_speed(json.loads((HERE / "speed.json").read_text()), HERE / "speed.png")
     write(tables)
 
 
