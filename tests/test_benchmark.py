@@ -265,6 +265,6 @@ def test_exact(tmp_path, without):
     (metrics,) = tmp_path.glob("*/metrics.jsonl")
     (found,) = (row for row in map(json.loads, metrics.read_text().splitlines()) if "exact/state" in row)
     assert found["exact/dynamics_rms"] < 1e-5
-    for name, close, far in (("policy", 0.01, 0.03), ("state", 0.02, 0.05)):
+    for name, close, far in (("policy", 0.005, 0.01), ("state", 0.02, 0.05)):
         distance = found[f"exact/{name}"]
         assert distance > far if f"--no-{name}-energy" in without else abs(distance) < close, (name, distance)
