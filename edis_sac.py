@@ -153,6 +153,8 @@ class Args:
     denoiser_lr: float = 3e-4  # AdamW's learning rate, falling to 0 by a cosine in each round
     denoiser_ema: float = 0.999  # decay of the averaged weights that sample
     sampling_steps: int = 128  # noise levels of the sampler
+    sigma_min: float = 0.002  # lowest noise level, in deviations of x
+    sigma_max: float = 80.0  # highest noise level
     churn: float = 80.0  # S_churn, noise added while sampling
     model_updates: int = 5_000  # updates of reward, termination and mean dynamics per round
     energy_updates: int = 2_000  # updates of the energies per round
@@ -189,12 +191,13 @@ class Args:
 # Bundled sets: ours, for half an hour on a CPU. CQL: in so few updates Q stays below the data's returns, where Cal-QL
 # leaves the policy's actions alone; without a penalty online Q outgrows what can be reached. At a gamma of 0.99 the
 # medium policy, which falls after some 330 steps, is worth as much as the expert. The first 1000 online transitions
-# are 1 % of the data: guided there, a denoiser that sees all alike errs more in s'.
+# are 1 % of the data: guided there, a denoiser that sees all alike errs more in s'. Outside the levels' range is
+# 1 of 250 of the noises that the denoiser trains on.
 MINI = {
     "observation_transform": "per-dimension", "offline_updates": 4_000, "online_steps": 10_000, "actor_lr": 3e-4,
     "gamma": 0.997, "tau": 0.05, "cql_alpha": 10.0, "cql_alpha_online": 10.0, "cql_actions": 2, "calibrate": False,
-    "synthetic_ratio": 0.5, "round_every": 3_000, "samples": 10_000, "sampling_steps": 32, "denoiser_recent": 0.5,
-    "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3,
+    "synthetic_ratio": 0.5, "round_every": 3_000, "samples": 10_000, "sampling_steps": 20, "sigma_min": 0.01,
+    "sigma_max": 10.0, "denoiser_recent": 0.5, "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3,
     "model_updates": 5_000, "energy_width": 128, "energy_batch": 128, "pool": 5_000, "eval_every": 1_000,
     "log_every": 250, "save_every": 5_000,
 }  # fmt: skip
@@ -209,10 +212,10 @@ RESUMABLE = {
 # And before the first online step, so that several runs can go on from one pre-trained agent
 ONLINE = {
     "exp_name", "cql_alpha_online", "augmentation", "synthetic_ratio", "round_every", "first_round", "samples", "chunk",
-    "denoiser_updates", "denoiser_batch", "denoiser_recent", "denoiser_lr", "denoiser_ema", "sampling_steps", "churn",
-    "model_updates", "energy_updates", "energy_batch", "energy_lr", "negatives", "positive_buffer", "pool",
-    "state_energy", "policy_energy", "transition_energy", "state_scale", "policy_scale", "transition_scale",
-    "full_gradient", "guidance_clip",
+    "denoiser_updates", "denoiser_batch", "denoiser_recent", "denoiser_lr", "denoiser_ema", "sampling_steps",
+    "sigma_min", "sigma_max", "churn", "model_updates", "energy_updates", "energy_batch", "energy_lr", "negatives",
+    "positive_buffer", "pool", "state_energy", "policy_energy", "transition_energy", "state_scale", "policy_scale",
+    "transition_scale", "full_gradient", "guidance_clip",
 }  # fmt: skip
 
 
@@ -245,6 +248,7 @@ def check_args(args: Args) -> None:
     bounds |= dict.fromkeys(("denoiser_width", "energy_width", "negatives"), (1, 1e4))
     bounds |= dict.fromkeys(("offline_updates", "denoiser_updates", "model_updates", "energy_updates"), (0, 1e12))
     bounds |= dict.fromkeys(("actor_lr", "critic_lr", "denoiser_lr", "energy_lr"), (1e-12, math.inf))
+    bounds |= {"sigma_max": (1e-2, 1e4), "sigma_min": (1e-5, args.sigma_max)}
     free = ["cql_alpha", "cql_alpha_online", "churn", "state_scale", "policy_scale", "transition_scale"]
     bounds |= dict.fromkeys((*free, "guidance_clip"), (0, math.inf))
     bounds |= dict.fromkeys(("gamma", "tau", "synthetic_ratio", "denoiser_recent", "denoiser_ema"), (0, 1))
@@ -604,8 +608,10 @@ Guidance = Callable[[Tensor, Tensor], Tensor]  # x (B, D), sigma () -> sum lambd
 class EDM:
     """Noise levels and stochastic Heun sampler of Karras et al., Algorithm 2, with guidance."""
 
-    def __init__(self, steps: int, churn: float, device: torch.device) -> None:
-        low, high, rho = 0.002, 80.0, 7
+    def __init__(
+        self, steps: int, churn: float, device: torch.device, low: float = 0.002, high: float = 80.0
+    ) -> None:  # fmt: skip
+        rho = 7
         sigma = (np.linspace(high ** (1 / rho), low ** (1 / rho), steps)) ** rho
         gamma = np.where((sigma >= 0.05) & (sigma <= 50), min(churn / steps, math.sqrt(2) - 1), 0)
         self.noise_scale = 1.003
@@ -1061,7 +1067,7 @@ class Round(NamedTuple):
                 bins = torch.bucketize(sigma, edges)
                 hits.index_add_(1, bins, torch.stack(found).float())
                 tries.index_add_(0, bins, torch.ones_like(sigma))
-        blocks, ends = ("state", "policy", "behavior", "transition"), (0.1, 1, 10, 80)
+        blocks, ends = ("state", "policy", "behavior", "transition"), (0.1, 1, 10, math.inf)
         names = [f"{block}_accuracy_sigma_{end}" for block in blocks for end in ends]
         return dict(zip(names, (hits / tries).flatten(), strict=True))
 
@@ -1559,7 +1565,7 @@ def main(args: Args) -> dict[str, Any]:
         run.restore(state)
     differences = Round.differences(diffused[:, :D], obs_dim)
     mean, std = differences.mean(0), differences.std(0).clamp(min=1e-3)
-    edm = EDM(args.sampling_steps, args.churn, device)
+    edm = EDM(args.sampling_steps, args.churn, device, args.sigma_min, args.sigma_max)
     make_round = Round(args, networks, edm, mean, std, make_simulator(make_env(), transform, obs_dim))
     actor, generative = networks["actor"], args.augmentation in ("edis", "synther")
 

@@ -34,11 +34,15 @@ class GaussianDenoiser:
 COV = [[1.0, 0.6, -0.3], [0.6, 0.8, 0.2], [-0.3, 0.2, 0.5]]
 
 
-@pytest.mark.parametrize("steps, churn, bound", [(64, 0.0, 0.04), (64, 80.0, 0.1), (32, 80.0, 0.2)])
+PRESET = edis.parse_args([])
+BUNDLED = (PRESET.sampling_steps, PRESET.churn, CPU, PRESET.sigma_min, PRESET.sigma_max)
+
+
+@pytest.mark.parametrize("levels, bound", [((64, 0.0, CPU), 0.04), ((64, 80.0, CPU), 0.1), (BUNDLED, 0.2)])
 @pytest.mark.parametrize("mean, cov", [([0.4], [[0.25]]), ([0.4, -1.0, 0.0], COV)])
-def test_unguided_sampling_gives_mean_and_covariance(mean, cov, steps, churn, bound):
+def test_unguided_sampling_gives_mean_and_covariance(mean, cov, levels, bound):
     """In the narrow directions too: of the whitened samples. Few steps that add noise widen them."""
-    x = edis.EDM(steps, churn, CPU).sample(GaussianDenoiser(mean, cov), torch.randn(30_000, len(mean)))
+    x = edis.EDM(*levels).sample(GaussianDenoiser(mean, cov), torch.randn(30_000, len(mean)))
     assert_close(x.mean(0), torch.tensor(mean), atol=0.02, rtol=0)
     whitened = torch.linalg.solve(torch.linalg.cholesky(torch.tensor(cov)), (x - torch.tensor(mean)).T)
     assert_close(whitened.cov().reshape(len(mean), -1), torch.eye(len(mean)), atol=bound, rtol=0)
@@ -85,9 +89,9 @@ def exact_gradient(x, sigma):
     return -x / (1 + sigma**2) + (x - 1) / (0.25 + sigma**2)
 
 
-def moments(guidance, churn=80.0):
+def moments(guidance, levels=(64, 80.0, CPU)):
     torch.manual_seed(0)
-    x = edis.EDM(64, churn, CPU).sample(GaussianDenoiser([0.0], [[1.0]]), torch.randn(20_000, 1), guidance)
+    x = edis.EDM(*levels).sample(GaussianDenoiser([0.0], [[1.0]]), torch.randn(20_000, 1), guidance)
     return x.mean().item(), x.std().item()
 
 
@@ -96,9 +100,9 @@ def near_target(guidance, tolerance, **kwargs):
     return abs(mean - 1) < tolerance and abs(std - 0.5) < tolerance
 
 
-@pytest.mark.parametrize("churn", [0.0, 80.0])
-def test_exact_energies_give_the_target(churn):
-    assert near_target(exact_gradient, 0.02, churn=churn)
+@pytest.mark.parametrize("levels, bound", [((64, 0.0, CPU), 0.02), ((64, 80.0, CPU), 0.02), (BUNDLED, 0.04)])
+def test_exact_energies_give_the_target(levels, bound):
+    assert near_target(exact_gradient, bound, levels=levels)
 
 
 def test_wrong_guidance_misses():
@@ -232,7 +236,7 @@ def trained():
     denoise = GaussianDenoiser([0.0] * 3, (P_ROOT @ P_ROOT.T).tolist())
     recent = Q_MEAN + torch.randn(8_000, 3) @ Q_ROOT.T
     accuracies = work.train_energies(recent, denoise)
-    assert accuracies["state_accuracy_sigma_0.1"] > 0.15 and accuracies["state_accuracy_sigma_80"] < 0.15  # 1 / 11
+    assert accuracies["state_accuracy_sigma_0.1"] > 0.15 and accuracies["state_accuracy_sigma_inf"] < 0.15  # 1 / 11
     return work, denoise
 
 
