@@ -696,6 +696,7 @@ def test_what_online_batches_are_made_of(run_edis, augmentation, monkeypatch):
 
     def spied_round(self, x, r, mask, recent):
         given.append((x, recent))
+        assert self.edm.sigma[[0, -2]].tolist() == pytest.approx([5.0, 0.25])
         return make_round(self, x, r, mask, recent)
 
     monkeypatch.setattr(edis_sac, "make_update", spied_make_update)
@@ -707,6 +708,7 @@ def test_what_online_batches_are_made_of(run_edis, augmentation, monkeypatch):
     )
     flags = f"{flags} --cql-alpha-online 0.5 --augmentation {augmentation.split('-')[0]}".split()
     flags += ["--state-scale", "2", "--policy-scale", "3", "--transition-scale", "4"]
+    flags += ["--sigma-max", "5", "--sigma-min", "0.25"]
     off = {"edis-without-energies": (0, 1, 2), "edis-without-policy": (1,)}.get(augmentation, ())
     flags += [f"--no-{name}-energy" for i, name in enumerate(("state", "policy", "transition")) if i in off]
     saved, data = run_edis("--offline-updates", "3", *flags)
