@@ -191,15 +191,15 @@ class Args:
 # Bundled sets: ours, for half an hour on a CPU. CQL: in so few updates Q stays below the data's returns, where Cal-QL
 # leaves the policy's actions alone; without a penalty online Q outgrows what can be reached. At a gamma of 0.99 the
 # medium policy, which falls after some 330 steps, is worth as much as the expert. The first 1000 online transitions
-# are 1 % of the data: guided there, a denoiser that sees all alike errs more in s'. Outside the levels' range is
-# 1 of 250 of the noises that the denoiser trains on.
+# are 1 % of the data: guided there, a denoiser that sees all alike errs more in s'. Of the noises that it trains on,
+# 1 of 250 is outside the levels' range. Episodes of one evaluation hardly differ, evaluations do: many of few episodes.
 MINI = {
     "observation_transform": "per-dimension", "offline_updates": 4_000, "online_steps": 10_000, "actor_lr": 3e-4,
     "gamma": 0.997, "tau": 0.05, "cql_alpha": 10.0, "cql_alpha_online": 10.0, "cql_actions": 2, "calibrate": False,
     "synthetic_ratio": 0.5, "round_every": 3_000, "samples": 10_000, "sampling_steps": 20, "sigma_min": 0.01,
     "sigma_max": 10.0, "denoiser_recent": 0.5, "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3,
-    "model_updates": 5_000, "energy_width": 128, "energy_batch": 128, "pool": 5_000, "eval_every": 1_000,
-    "log_every": 250, "save_every": 5_000,
+    "model_updates": 5_000, "energy_width": 128, "energy_batch": 128, "pool": 5_000, "eval_every": 250,
+    "eval_episodes": 5, "log_every": 250, "save_every": 5_000,
 }  # fmt: skip
 PRESETS = {f"hopper-{level}-mini": MINI for level in ("medium", "medium-replay", "medium-expert")}
 
