@@ -52,6 +52,11 @@ class Job(NamedTuple):
     result: dict[str, Any]
     metrics: list[dict[str, float]]
 
+    @property
+    def online(self) -> list[float]:
+        """The curve without its offline part; that of the EDP scripts has none."""
+        return [r for step, r in zip(self.steps, self.curve, strict=True) if step > 0]
+
 
 Runs = dict[str, dict[str, dict[str, Job | None]]]  # by data set, variant and seed; None: diverged
 
@@ -88,6 +93,13 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
     return ordered[..., cut : values.shape[-1] - cut].mean(-1)
 
 
+def over_seeds(rows: list[tuple[Any, ...]]) -> str:
+    """Cells: means over seeds, from two on with their standard deviation."""
+    values = np.array(rows)
+    spread = [f" ± {value:.0f}" for value in values.std(0, ddof=1)] if len(rows) > 1 else [""] * values.shape[1]
+    return " | ".join(f"{value:.0f}{sd}" for value, sd in zip(values.mean(0), spread, strict=True))
+
+
 def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str]:
     columns = f"data | mean return of the data | algorithm | seeds | {unit} | last | mean of last 10 | best"
     lines = [f"| {columns} | IQM of last [95 %] |", "|" + "---|" * 9]
@@ -106,20 +118,17 @@ def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str
             picks = last[seed, rng.integers(last.shape[1], size=(10_000, *last.shape))]
             low, high = np.percentile(interquartile_mean(picks.reshape(10_000, -1)), [2.5, 97.5])
             middle = f"{interquartile_mean(last.ravel()):.0f}" + f" [{low:.0f}, {high:.0f}]" * (len(jobs) > 1)
-            curves = [[r for step, r in zip(job.steps, job.curve, strict=True) if step > 0] for job in jobs]
-            scores = np.array([(curve[-1], sum(curve[-10:]) / len(curve[-10:]), max(curve)) for curve in curves])
-            spread = [f" ± {value:.0f}" for value in scores.std(0, ddof=1)] if len(jobs) > 1 else [""] * 3
-            means = " | ".join(f"{value:.0f}{sd}" for value, sd in zip(scores.mean(0), spread, strict=True))
+            means = over_seeds([(job.online[-1], np.mean(job.online[-10:]), max(job.online)) for job in jobs])
             lines.append(f"| {name} | {seeds} | {jobs[0].steps[-1]} | {means} | {middle} |")
     return lines
 
 
 def paired_table(runs: Runs) -> list[str]:
-    """EDIS's mean of the last ten evaluations less that of other variants that went on from the same agents."""
+    """EDIS's mean of the online evaluations less that of other variants that went on from the same agents."""
     lines = ["| data | EDIS less | seeds | mean | of each seed |", "|" + "---|" * 5]
     for env_id, variants in runs.items():
         means = {
-            variant: {seed: np.mean(job.curve[-10:]) for seed, job in jobs.items() if job}
+            variant: {seed: np.mean(job.online) for seed, job in jobs.items() if job}
             for variant, jobs in variants.items()
         }
         ours = means.pop("edis", {})
@@ -133,11 +142,12 @@ def paired_table(runs: Runs) -> list[str]:
 
 
 def training_table(runs: Runs) -> list[str]:
-    """Mean return of the training episodes that end in each third of the online phase, over seeds."""
-    lines = ["| data | algorithm | seeds | first third | second | last |", "|" + "---|" * 6]
+    """Over seeds: the online evaluations' mean; that of the training episodes that end in each third of the phase."""
+    columns = "data | algorithm | seeds | evaluations | training, first third | second | last"
+    lines = [f"| {columns} |", "|" + "---|" * 7]
     for env_id, variants in runs.items():
         for variant, jobs in ((variant, finished(jobs)) for variant, jobs in variants.items() if finished(jobs)):
-            thirds = []
+            rows = []
             for job in jobs:
                 offline, total = job.result["updates"] - job.steps[-1], job.steps[-1]
                 ends = [
@@ -145,9 +155,9 @@ def training_table(runs: Runs) -> list[str]:
                     for row in job.metrics
                     if "charts/online_return" in row
                 ]
-                thirds.append([np.mean([r for end, r in ends if i < 3 * end / total <= i + 1]) for i in range(3)])
-            means = " | ".join(f"{value:.0f}" for value in np.mean(thirds, axis=0))
-            lines.append(f"| {env_id} | {LABELS[variant]} | {len(jobs)} | {means} |")
+                thirds = [np.mean([r for end, r in ends if i < 3 * end / total <= i + 1]) for i in range(3)]
+                rows.append((np.mean(job.online), *thirds))
+            lines.append(f"| {env_id} | {LABELS[variant]} | {len(jobs)} | {over_seeds(rows)} |")
     return lines
 
 

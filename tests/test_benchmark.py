@@ -226,7 +226,7 @@ def test_edis_tables():
 
     def job(value, *episodes):
         metrics = [{"step": step, "charts/online_return": r} for step, r in episodes]
-        return Job([-100, 0, *range(30, 331, 30)], [9.0] * 3 + [value] * 10, [], {"updates": 430}, metrics)
+        return Job([-100, 0, *range(30, 331, 30)], [9.0] * 2 + [value] * 11, [], {"updates": 430}, metrics)
 
     edis = {"0": job(10.0, (101, 1.0), (210, 3.0), (211, 5.0), (430, 7.0))}
     edis["1"] = job(20.0, (150, 3.0), (300, 7.0), (400, 10.0))
@@ -234,7 +234,7 @@ def test_edis_tables():
     lines = paired_table({"mini": {"edis": edis, "none": none, "offline": {"1": job(30.0)}}})
     assert lines[2] == "| mini | online data only | 1 | +6 | +6 |"
     assert lines[3] == "| mini | real offline data instead | 1 | -10 | -10 |"
-    assert training_table({"mini": {"edis": edis}})[2] == "| mini | EDIS | 2 | 2 | 6 | 8 |"
+    assert training_table({"mini": {"edis": edis}})[2] == "| mini | EDIS | 2 | 15 ± 7 | 2 ± 1 | 6 ± 1 | 8 ± 2 |"
 
     rounds = [
         {
