@@ -8,6 +8,7 @@ once, with nothing compiled before. Writes speed.json and the README's tables. R
 peak memory is the process's, interpreter and torch included.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -48,6 +49,7 @@ UPDATES = {
         for x in ("iql", "td3")
     },
 }
+NETWORKS = ("with Mish", "without activations")  # of one network: what update, optimiser and activations leave
 SAMPLES = {
     "DPM-Solver, 15 calls, K = 1000": [],
     "DDPM, K = 100": ["--sampler", "ddpm", "--diffusion-steps", "100"],
@@ -61,7 +63,7 @@ STARTS = {
     "first update, `--compile on`": ["--log-every", "1", "--compile", "on"],
 }
 GENERATIONS = {  # bundled preset; paper's size: data, samples at a time on a CPU
-    "EDIS, denoiser 3 x 256, energies 3 x 128, 32 levels, 1000 at a time": ("hopper-medium-mini", 1_000),
+    "EDIS, denoiser 3 x 256, energies 3 x 128, 20 levels, 1000 at a time": ("hopper-medium-mini", 1_000),
     "EDIS, denoiser 6 x 1024, energies 3 x 256, 128 levels, 100 at a time": ("hopper-medium-v2", 100),
 }
 
@@ -132,9 +134,21 @@ def measure(name: str, args: Args) -> dict[str, float]:
     s, a = torch.randn(B, 11, device=device), 2 * torch.rand(B, 3, device=device) - 1
     batch = {"s": s, "a": a, "next_s": torch.randn_like(s)}
     batch |= {"r": torch.randn(B, device=device), "mask": torch.ones(B, device=device)}
+    if name in NETWORKS:
+        net, x = script.MLP(30, 1).to(device), torch.randn(B, 30, device=device)
+        layers = [net] if name == NETWORKS[0] else list(net.layers)
+
+        def both_ways() -> None:
+            out = functools.reduce(lambda h, layer: layer(h), layers, x)
+            torch.autograd.grad(out.square().mean(), list(net.parameters()))
+
+        return {
+            "passes_per_second": rate(both_ways, args.seconds, device),
+            "floor": floor(both_ways, args.seconds, device),
+        }
     if flags[0] == "edis_sac":
         networks = script.make_networks(11, 3, given, device)
-        edm = script.EDM(given.sampling_steps, given.churn, device)
+        edm = script.EDM(given.sampling_steps, given.churn, device, given.sigma_min, given.sigma_max)
         update, _ = script.make_update(given, networks)
         update, compiled = script.partial(update, cql_alpha=given.cql_alpha), [networks["denoiser_ema"]]
         batch["mc"] = torch.zeros(B, device=device)
@@ -186,10 +200,13 @@ def measure(name: str, args: Args) -> dict[str, float]:
     else:
         guidance = script.make_guidance(networks["energies"], (1.0, 1.0, 1.0), True, given.guidance_clip)
         found = {}
-        for kind, given in (("unguided", None), ("guided", guidance)):
-            make = partial(sample, given)
+        for kind, steering in (("unguided", None), ("guided", guidance)):
+            make = partial(sample, steering)
             found[f"{kind}_per_second"] = samples * rate(make, args.seconds, device)
             found[f"{kind}_floor"] = samples * floor(make, args.seconds, device)
+        edm, samples = script.EDM(2, given.churn, device), given.chunk  # what they need does not grow with the levels
+        sample(guidance)
+        found["chunk"] = samples
     return found | {"peak_MiB": peak(device)}
 
 
@@ -234,7 +251,7 @@ def main(args: Args) -> None:
         return json.loads(subprocess.run(case(name, threads), check=True, stdout=subprocess.PIPE, text=True).stdout)
 
     results = {}
-    for name in [*UPDATES, *SAMPLES, *DECISIONS, *GENERATIONS]:
+    for name in [*UPDATES, *NETWORKS, *SAMPLES, *DECISIONS, *GENERATIONS]:
         results[name] = run(name, args.threads)
         if "accelerated" in results[name] and args.device == "cpu":
             results[name]["twice_the_threads"] = run(name, 2 * args.threads)["accelerated"]
@@ -273,6 +290,10 @@ def tables(found: dict[str, Any]) -> str:
             r["accelerated" if found["device"].startswith("cuda") else "updates_per_second"] / bound
         )  # the default's
         lines.append(f"| {name} | {speed:.1f} | {fast} | {wide} | {bound:.1f} | {share:.2f} | {r['peak_MiB']:.0f} |")
+    shares = " and ".join(
+        f"{r['passes_per_second'] / r['floor']:.2f} {name}" for name in NETWORKS if (r := results[name])
+    )
+    lines += ["", f"Of its floor, forward and backward through one 3 x 256 network alone reach {shares}."]
     if crowded := [name for name in CROWDED if "beside_others" in results[name]]:
         head = f"updates/s beside {found['cores'] - 1} busy process | one thread | share of the idle rate | two threads"
         lines += ["", f"| {head} |", "|---|---|---|---|"]
@@ -285,12 +306,12 @@ def tables(found: dict[str, Any]) -> str:
         lines.append(f"| {name} | {r['actions_per_second']:.0f} | {r['peak_MiB']:.0f} |")
     lines += ["", "| a decision: 50 candidates, DPM-Solver 15 | ms |", "|---|---|"]
     lines += [f"| {name} | {results[name]['ms']:.1f} |" for name in DECISIONS]
-    head = "| synthetic transitions | guided/s | floor | unguided/s | floor | peak memory, MiB |"
+    head = "| synthetic transitions | guided/s | floor | unguided/s | floor | peak memory with `--chunk` at once, MiB |"
     lines += ["", head, "|---|---|---|---|---|---|"]
     for name in GENERATIONS:
         r = results[name]
         speeds = " | ".join(f"{r[f'{x}_{y}']:.0f}" for x in ("guided", "unguided") for y in ("per_second", "floor"))
-        lines.append(f"| {name} | {speeds} | {r['peak_MiB']:.0f} |")
+        lines.append(f"| {name} | {speeds} | {r['peak_MiB']:.0f} ({r['chunk']}) |")
     lines += ["", f"| seconds | {' | '.join(f'`{s}.py`' for s in SCRIPTS)} |", "|---|---|---|---|---|"]
     lines += [f"| {name} | {' | '.join(f'{row[s]:.1f}' for s in SCRIPTS)} |" for name, row in starts.items()]
 
