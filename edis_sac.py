@@ -608,9 +608,7 @@ Guidance = Callable[[Tensor, Tensor], Tensor]  # x (B, D), sigma () -> sum lambd
 class EDM:
     """Noise levels and stochastic Heun sampler of Karras et al., Algorithm 2, with guidance."""
 
-    def __init__(
-        self, steps: int, churn: float, device: torch.device, low: float = 0.002, high: float = 80.0
-    ) -> None:  # fmt: skip
+    def __init__(self, steps: int, churn: float, device: torch.device, low: float, high: float) -> None:
         rho = 7
         sigma = (np.linspace(high ** (1 / rho), low ** (1 / rho), steps)) ** rho
         gamma = np.where((sigma >= 0.05) & (sigma <= 50), min(churn / steps, math.sqrt(2) - 1), 0)

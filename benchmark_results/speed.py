@@ -148,7 +148,8 @@ def measure(name: str, args: Args) -> dict[str, float]:
         }
     if flags[0] == "edis_sac":
         networks = script.make_networks(11, 3, given, device)
-        edm = script.EDM(given.sampling_steps, given.churn, device, given.sigma_min, given.sigma_max)
+        levels = given.churn, device, given.sigma_min, given.sigma_max
+        edm = script.EDM(given.sampling_steps, *levels)
         update, _ = script.make_update(given, networks)
         update, compiled = script.partial(update, cql_alpha=given.cql_alpha), [networks["denoiser_ema"]]
         batch["mc"] = torch.zeros(B, device=device)
@@ -204,7 +205,7 @@ def measure(name: str, args: Args) -> dict[str, float]:
             make = partial(sample, steering)
             found[f"{kind}_per_second"] = samples * rate(make, args.seconds, device)
             found[f"{kind}_floor"] = samples * floor(make, args.seconds, device)
-        edm, samples = script.EDM(2, given.churn, device), given.chunk  # what they need does not grow with the levels
+        edm, samples = script.EDM(2, *levels), given.chunk  # what they need does not grow with the levels
         sample(guidance)
         found["chunk"] = samples
     return found | {"peak_MiB": peak(device)}

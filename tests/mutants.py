@@ -328,7 +328,12 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
         "resume_is_exact",
     ),
     "EDIS run: unguided": ("edis_sac.py", "self.generate(args.samples, ema, guidance)", "plain", "online_batches"),
-    "EDIS run: another range of noise": ("edis_sac.py", ", args.sigma_min, args.sigma_max)", ")", "online_batches"),
+    "EDIS run: another range of noise": (
+        "edis_sac.py",
+        "device, args.sigma_min, args.sigma_max)",
+        "device, 0.002, 80.0)",
+        "online_batches",
+    ),
     "EDIS run: synthetic rows unused": ("edis_sac.py", "synthetic.sample(n)", "online.sample(n)", "online_batches"),
     "EDIS run: no termination online": ("edis_sac.py", "1.0 - terminated, -math", "1.0, -math", "online_rows"),
     "EDIS run: energies trained on old data": (

@@ -13,6 +13,7 @@ import edis_sac as edis
 
 CPU = torch.device("cpu")
 ARGS = edis.Args()
+KARRAS = (ARGS.sigma_min, ARGS.sigma_max)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,9 @@ PRESET = edis.parse_args([])
 BUNDLED = (PRESET.sampling_steps, PRESET.churn, CPU, PRESET.sigma_min, PRESET.sigma_max)
 
 
-@pytest.mark.parametrize("levels, bound", [((64, 0.0, CPU), 0.04), ((64, 80.0, CPU), 0.1), (BUNDLED, 0.2)])
+@pytest.mark.parametrize(
+    "levels, bound", [((64, 0.0, CPU, *KARRAS), 0.04), ((64, 80.0, CPU, *KARRAS), 0.1), (BUNDLED, 0.2)]
+)
 @pytest.mark.parametrize("mean, cov", [([0.4], [[0.25]]), ([0.4, -1.0, 0.0], COV)])
 def test_unguided_sampling_gives_mean_and_covariance(mean, cov, levels, bound):
     """In the narrow directions too: of the whitened samples. Few steps that add noise widen them."""
@@ -89,7 +92,7 @@ def exact_gradient(x, sigma):
     return -x / (1 + sigma**2) + (x - 1) / (0.25 + sigma**2)
 
 
-def moments(guidance, levels=(64, 80.0, CPU)):
+def moments(guidance, levels=(64, 80.0, CPU, *KARRAS)):
     torch.manual_seed(0)
     x = edis.EDM(*levels).sample(GaussianDenoiser([0.0], [[1.0]]), torch.randn(20_000, 1), guidance)
     return x.mean().item(), x.std().item()
@@ -100,7 +103,9 @@ def near_target(guidance, tolerance, **kwargs):
     return abs(mean - 1) < tolerance and abs(std - 0.5) < tolerance
 
 
-@pytest.mark.parametrize("levels, bound", [((64, 0.0, CPU), 0.02), ((64, 80.0, CPU), 0.02), (BUNDLED, 0.04)])
+@pytest.mark.parametrize(
+    "levels, bound", [((64, 0.0, CPU, *KARRAS), 0.02), ((64, 80.0, CPU, *KARRAS), 0.02), (BUNDLED, 0.04)]
+)
 def test_exact_energies_give_the_target(levels, bound):
     assert near_target(exact_gradient, bound, levels=levels)
 
@@ -139,7 +144,7 @@ def test_the_clip_leaves_narrow_targets_alone():
     """Bounding the gradient itself by 10 sqrt(D), as the published code does, misses."""
     guidance = edis.make_guidance(RawEnergies(0.03), (1.0, 1.0, 1.0), False, ARGS.guidance_clip)
     exact = GaussianDenoiser([0.0] * 3, torch.eye(3).tolist())
-    x = edis.EDM(128, 80.0, CPU).sample(exact, torch.randn(2_000, 3), guidance)
+    x = edis.EDM(128, 80.0, CPU, *KARRAS).sample(exact, torch.randn(2_000, 3), guidance)
     assert_close(x.mean(0), torch.ones(3), atol=0.02, rtol=0)
     assert_close(x.std(0), torch.full((3,), 0.03), atol=0.005, rtol=0)
 
@@ -232,7 +237,7 @@ def trained():
             return 0.4 * s + 0.4 * epsilon, None
 
     networks = {"energies": edis.Energies(1, 1, args.energy_width), "actor": Policy()}
-    work = edis.Round(args, networks, edis.EDM(64, 80.0, CPU), torch.zeros(3), torch.ones(3), None)
+    work = edis.Round(args, networks, edis.EDM(64, 80.0, CPU, *KARRAS), torch.zeros(3), torch.ones(3), None)
     denoise = GaussianDenoiser([0.0] * 3, (P_ROOT @ P_ROOT.T).tolist())
     recent = Q_MEAN + torch.randn(8_000, 3) @ Q_ROOT.T
     accuracies = work.train_energies(recent, denoise)
@@ -333,7 +338,7 @@ def test_the_learned_dynamics_show_errors_to_the_transition_energy(monkeypatch):
             return torch.rand(len(s), 1) * 2 - 1, None
 
     networks = {"energies": energies, "actor": Policy()}
-    work = edis.Round(args, networks, edis.EDM(32, 80.0, CPU), torch.zeros(5), torch.ones(5), None)
+    work = edis.Round(args, networks, edis.EDM(32, 80.0, CPU, *KARRAS), torch.zeros(5), torch.ones(5), None)
 
     def pool(self, denoise):
         off, _, _ = a_world(args.pool)
@@ -348,7 +353,7 @@ def test_the_learned_dynamics_show_errors_to_the_transition_energy(monkeypatch):
 
 def test_the_pool_has_its_levels_noise():
     args = edis.dataclasses.replace(ARGS, pool=3_000, chunk=1_000)
-    work = edis.Round(args, {}, edis.EDM(64, 80.0, CPU), torch.zeros(3), torch.ones(3), None)
+    work = edis.Round(args, {}, edis.EDM(64, 80.0, CPU, *KARRAS), torch.zeros(3), torch.ones(3), None)
     pool = work.make_pool(GaussianDenoiser([0.0] * 3, COV))
     assert pool.shape == (64, 3_000, 3)
     for level in (25, 40, 63):
@@ -367,7 +372,7 @@ def test_normalisation_round_trip():
             return s.sum(1, keepdim=True), None
 
     networks = {"energies": edis.Energies(2, 1, 8), "actor": Echo(), "model": model}
-    work = edis.Round(ARGS, networks, edis.EDM(4, 0.0, CPU), mean, std, None)
+    work = edis.Round(ARGS, networks, edis.EDM(4, 0.0, CPU, *KARRAS), mean, std, None)
     raw = torch.randn(6, 5) / 5
     x = work.normalize(raw)
     rows = work.rows(x)
@@ -516,7 +521,7 @@ def test_distances():
             reward, logit = networks["model"](work.inputs(torch.cat([s, a, s + a], dim=1)))
         return torch.stack([(s + a)[:, 0], reward + 0.25, torch.sigmoid(-logit) - 0.125], dim=1)
 
-    work = edis.Round(ARGS, networks, edis.EDM(4, 0.0, CPU), mean, std, simulate)
+    work = edis.Round(ARGS, networks, edis.EDM(4, 0.0, CPU, *KARRAS), mean, std, simulate)
     s = torch.randn(3_000, 1)
     with torch.no_grad():
         a, _ = networks["actor"](s, torch.randn(3_000, 1))
