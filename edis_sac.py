@@ -195,7 +195,7 @@ class Args:
 # 1 of 250 is outside the levels' range. Episodes of one evaluation hardly differ, evaluations do: many of few episodes.
 MINI = {
     "observation_transform": "per-dimension", "offline_updates": 4_000, "online_steps": 10_000, "actor_lr": 3e-4,
-    "gamma": 0.997, "tau": 0.05, "cql_alpha": 10.0, "cql_alpha_online": 10.0, "cql_actions": 2, "calibrate": False,
+    "gamma": 0.997, "tau": 0.05, "cql_alpha": 10.0, "cql_alpha_online": 10.0, "cql_actions": 1, "calibrate": False,
     "synthetic_ratio": 0.5, "round_every": 3_000, "samples": 10_000, "sampling_steps": 20, "sigma_min": 0.01,
     "sigma_max": 10.0, "denoiser_recent": 0.5, "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3,
     "model_updates": 5_000, "energy_width": 128, "energy_batch": 128, "pool": 5_000, "eval_every": 250,
