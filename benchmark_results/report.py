@@ -31,6 +31,7 @@ LABELS = {
     "exact": "what the energies aim at, exact",
     "exact_no_state": "the same at the states of all data",
 }  # fmt: skip
+COMPARED = ("edis", "synther", "offline", "none")  # in one figure; EDIS and all that is not listed in another
 SHADES = (0, 2, 4, 6, 12, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 14, 16)
 COLOURS = dict(zip(LABELS, map(plt.get_cmap("tab20"), SHADES), strict=True))
 DISTANCES = {  # and the energy that aims at it
@@ -199,8 +200,8 @@ def distance_table(runs: Runs) -> list[str]:
     return lines
 
 
-def draw(runs: Runs, statistics: dict[str, Any], unit: str, path: Path) -> None:
-    """Means over seeds, in bands from the worst seed to the best."""
+def draw(runs: Runs, statistics: dict[str, Any], unit: str, path: Path, window: int = 1) -> None:
+    """Means over seeds, in bands from the worst seed to the best; of the last `window` evaluations at each point."""
     size = (5.5 * len(runs), 3.6)
     fig, axes = plt.subplots(1, len(runs), figsize=size, squeeze=False, constrained_layout=True)
     for ax, (env_id, variants) in zip(axes[0], runs.items(), strict=True):
@@ -209,7 +210,8 @@ def draw(runs: Runs, statistics: dict[str, Any], unit: str, path: Path) -> None:
         for variant, jobs in ((variant, finished(jobs)) for variant, jobs in variants.items()):
             if not jobs:
                 continue
-            curves, steps, colour = np.array([job.curve for job in jobs]), jobs[0].steps, COLOURS[variant]
+            curves = np.array([np.convolve(job.curve, np.full(window, 1 / window), "valid") for job in jobs])
+            steps, colour = jobs[0].steps[window - 1 :], COLOURS[variant]
             label = f"{LABELS[variant]}, {len(jobs)} seed{'s' * (len(jobs) > 1)}"
             ax.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
             ax.plot(steps, curves.mean(0), color=colour, label=label)
@@ -273,7 +275,17 @@ def main() -> None:
         tables["EDIS"] = results_table(edis, statistics, "online steps")
         tables |= {"EDIS, paired": paired_table(edis), "EDIS, training": training_table(edis)}
         tables["distances"] = distance_table(edis)
-        draw(edis, statistics, "online steps (below 0: offline updates)", HERE / "edis_curves.png")
+        unit = "online steps (below 0: offline updates)"
+        compared = {
+            env_id: {v: jobs for v, jobs in variants.items() if v in COMPARED} for env_id, variants in edis.items()
+        }
+        draw(compared, statistics, unit, HERE / "edis_curves.png", window=4)
+        if ablations := {
+            env_id: {v: jobs for v, jobs in variants.items() if v not in COMPARED[1:]}
+            for env_id, variants in edis.items()
+            if variants.keys() - set(COMPARED)
+        }:
+            draw(ablations, statistics, unit, HERE / "edis_ablations.png", window=4)
     draw_speed(json.loads((HERE / "speed.json").read_text()), HERE / "speed.png")
     write(tables)
 
