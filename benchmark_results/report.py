@@ -210,8 +210,9 @@ def draw(runs: Runs, statistics: dict[str, Any], unit: str, path: Path, window: 
         for variant, jobs in ((variant, finished(jobs)) for variant, jobs in variants.items()):
             if not jobs:
                 continue
-            curves = np.array([np.convolve(job.curve, np.full(window, 1 / window), "valid") for job in jobs])
-            steps, colour = jobs[0].steps[window - 1 :], COLOURS[variant]
+            n = min(window, len(jobs[0].steps))
+            curves = np.array([np.convolve(job.curve, np.full(n, 1 / n), "valid") for job in jobs])
+            steps, colour = jobs[0].steps[n - 1 :], COLOURS[variant]
             label = f"{LABELS[variant]}, {len(jobs)} seed{'s' * (len(jobs) > 1)}"
             ax.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
             ax.plot(steps, curves.mean(0), color=colour, label=label)
