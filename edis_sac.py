@@ -32,12 +32,13 @@ pairs (`behavior`), as the policy's new actions have no s' yet. The negatives of
 that the unguided sampler went through. As sigma -> 0, E2 is log p(a|s) / pi(a|s) and E3 log p(s'|s, a) / T(s'|s, a), as
 in the paper. Above, negatives of the positive's own clean s, a ~ p_theta(a | s), are not enough: a noised s and a leave
 open which s they were of, which such negatives have guessed by the recent states, where the sampler needs p_theta's.
+`--conditional-negatives inpainted` takes them all the same: the paper's form, exact as sigma -> 0 only.
 For the same reason E3 is exact there only as far as the policy is that of the recent transitions, and with an energy
 switched off or scaled, the others are not the ratios of what is left: q ~ p_theta exp(-E2 - E3) only as sigma -> 0.
 
 Deviations:           paper                       published code (liuxhym/EDIS)       here
     negatives of E2   of the same s               a vector with zeros, of other       of the unguided sampler: pairs
-    and E3            (and a)                     positives
+    and E3            (and a)                     positives                           (a flag: inpainted, as the paper)
     factor sigma      -                           missing                             as derived
     energies' levels  every t                     one (state), two of another         all, the sampler's and those
                                                   schedule (others)                   between
@@ -162,8 +163,11 @@ class Args:
     energy_width: int = 256  # width of the three hidden layers of energies and mean dynamics
     energy_lr: float = 1e-3  # Adam's learning rate, energies and models, falling to 0 by a cosine in each round
     negatives: int = 10  # negatives of each positive
+    conditional_negatives: Literal["joint", "inpainted"] = "joint"
+    """of E2 and E3: noised samples of p(s, a, s'), as derived above; the paper's, a of p(a|s) and s' of p(s'|s, a)"""
+    inpainting_repeats: int = 10  # times that each level of noise is gone through for inpainted negatives
     positive_buffer: int = 10_000  # most recent transitions that the energies' positives come from
-    pool: int = 10_000  # unguided samples that negatives come from
+    pool: int = 10_000  # unguided samples that negatives come from; inpainted, of pool / negatives conditions
     state_energy: bool = True  # use E1, of states
     policy_energy: bool = True  # use E2, of actions given states
     transition_energy: bool = True  # use E3, of next states given both
@@ -214,8 +218,8 @@ ONLINE = {
     "exp_name", "cql_alpha_online", "augmentation", "synthetic_ratio", "round_every", "first_round", "samples", "chunk",
     "denoiser_updates", "denoiser_batch", "denoiser_recent", "denoiser_lr", "denoiser_ema", "sampling_steps",
     "sigma_min", "sigma_max", "churn", "model_updates", "energy_updates", "energy_batch", "energy_lr", "negatives",
-    "positive_buffer", "pool", "state_energy", "policy_energy", "transition_energy", "state_scale", "policy_scale",
-    "transition_scale", "full_gradient", "guidance_clip",
+    "conditional_negatives", "inpainting_repeats", "positive_buffer", "pool", "state_energy", "policy_energy",
+    "transition_energy", "state_scale", "policy_scale", "transition_scale", "full_gradient", "guidance_clip",
 }  # fmt: skip
 
 
@@ -244,7 +248,8 @@ def check_args(args: Args) -> None:
     sizes = ("batch_size", "denoiser_batch", "energy_batch", "samples", "chunk", "pool", "positive_buffer")
     bounds: dict[str, Any] = dict.fromkeys(sizes, (1, 1e7)) | {"online_steps": (0, 1e8)}
     bounds |= dict.fromkeys(("log_every", "save_every", "eval_every", "round_every", "first_round"), (1, 1e12))
-    bounds |= dict.fromkeys(("eval_episodes", "num_threads", "cql_actions", "denoiser_layers"), (1, 1e3))
+    counts = ("eval_episodes", "num_threads", "cql_actions", "denoiser_layers", "inpainting_repeats")
+    bounds |= dict.fromkeys(counts, (1, 1e3))
     bounds |= dict.fromkeys(("denoiser_width", "energy_width", "negatives"), (1, 1e4))
     bounds |= dict.fromkeys(("offline_updates", "denoiser_updates", "model_updates", "energy_updates"), (0, 1e12))
     bounds |= dict.fromkeys(("actor_lr", "critic_lr", "denoiser_lr", "energy_lr"), (1e-12, math.inf))
@@ -258,6 +263,10 @@ def check_args(args: Args) -> None:
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, got {getattr(args, name)}")
     if not args.num_updates:
         fail("--offline-updates and --online-steps are both 0")
+    if args.conditional_negatives == "inpainted" and args.full_gradient:
+        fail("--conditional-negatives inpainted leaves E2 and E3 free up to their conditions: add --no-full-gradient")
+    if args.conditional_negatives == "inpainted" and args.pool < args.negatives:
+        fail(f"--pool must hold the {args.negatives} --negatives of one condition, got {args.pool}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- Data
@@ -619,9 +628,14 @@ class EDM:
     @torch.no_grad()
     def sample(
         self, denoise: Callable[..., Tensor], x: Tensor, guidance: Guidance | None = None,
-        visit: Callable[[int, Tensor], None] | None = None,
+        visit: Callable[[int, Tensor], None] | None = None, held: Tensor | None = None, repeats: int = 1,
     ) -> Tensor:  # fmt: skip
-        """Standard normal x (B, D) -> samples (B, D); `visit` is shown the noised x at each sigma."""
+        """Standard normal x (B, D) -> samples (B, D); `visit` is shown the noised x at each sigma.
+
+        Inpainting: the first dimensions are `held` (B, H), noised anew at each sigma. The others then follow
+        p(rest | held) as far as each sigma is gone through often enough (RePaint, Lugmayr et al. 2022, arXiv
+        2201.09865); after one pass they are far too near to what they are without a condition.
+        """
 
         def derivative(x: Tensor, sigma: Tensor) -> Tensor:  # dx / dsigma
             d = (x - denoise(x, sigma)) / sigma
@@ -631,14 +645,19 @@ class EDM:
         for i, sigma_hat in enumerate(self.sigma_hat):
             sigma, sigma_next = self.sigma[i], self.sigma[i + 1]
             added = (sigma_hat.square() - sigma.square()).clamp(min=0).sqrt()
-            if visit is not None:
-                visit(i, x)
-            x = x + added * self.noise_scale * torch.randn_like(x)
-            d = derivative(x, sigma_hat)
-            x_next = x + (sigma_next - sigma_hat) * d
-            if i + 1 < len(self.sigma_hat):  # Heun's correction, but for the step to sigma = 0
-                x_next = x + (sigma_next - sigma_hat) * (d + derivative(x_next, sigma_next)) / 2
-            x = x_next
+            for repeat in range(repeats):
+                if repeat:  # back from sigma_next
+                    x = x + (sigma.square() - sigma_next.square()).sqrt() * torch.randn_like(x)
+                if held is not None:
+                    x = torch.cat([held + sigma * torch.randn_like(held), x[:, held.shape[1] :]], dim=1)
+                if visit is not None:
+                    visit(i, x)
+                x = x + added * self.noise_scale * torch.randn_like(x)
+                d = derivative(x, sigma_hat)
+                x_next = x + (sigma_next - sigma_hat) * d
+                if i + 1 < len(self.sigma_hat):  # Heun's correction, but for the step to sigma = 0
+                    x_next = x + (sigma_next - sigma_hat) * (d + derivative(x_next, sigma_next)) / 2
+                x = x_next
         return x
 
 
@@ -714,6 +733,23 @@ def energy_losses(
     )
     behavior = energies(energies.behavior, acted[..., :SA], sigma)
     return [info_nce(e) for e in (e1, e1.detach() + e2, behavior, behavior.detach() + e3)]
+
+
+def conditional_losses(
+    energies: Energies, states: Tensor, chosen: Tensor, acted: Tensor, negatives: Tensor, sigma: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """The paper's: InfoNCE of each energy by itself, a and s' among negatives of the same s, of the same (s, a).
+
+    Noised at sigma (B,): recent states (B, S), others with actions of the policy now (B, S + A), recent transitions
+    (B, D), and for each K negatives (B, K, D): s unguided, a by that s of `chosen`, s' by that (s, a) of `acted`.
+    """
+    losses, start, sigma = [], 0, sigma[:, None].expand(-1, 1 + negatives.shape[1])
+    for net, x, end in zip(energies.nets, (states, chosen, acted), energies.ends, strict=True):
+        blocks = torch.cat([x[:, None, start:end], negatives[..., start:end]], dim=1)
+        given = x[:, None, :start].expand(-1, blocks.shape[1], -1)
+        losses.append(info_nce(energies(net, torch.cat([given, blocks], dim=2), sigma)))
+        start = end
+    return losses
 
 
 def model_loss(reward: Tensor, logit: Tensor, r: Tensor, mask: Tensor) -> Tensor:
@@ -1020,43 +1056,67 @@ class Round(NamedTuple):
             a, _ = actor(s * self.std[:S] + self.mean[:S], torch.randn(len(s), A, device=s.device))
         return (a - self.mean[S : S + A]) / self.std[S : S + A]
 
-    def make_pool(self, denoise: Callable[..., Tensor]) -> Tensor:
-        """What one unguided pass of the sampler goes through, (levels, P, D): negatives for every level."""
-        edm, n = self.edm, self.args.pool
+    def make_pool(self, denoise: Callable[..., Tensor], conditions: Tensor | None = None) -> Tensor:
+        """What one unguided pass of the sampler goes through, (levels, P, D): negatives for every level.
+
+        With conditions (P, D): s of that pass, a of one that holds the conditions' s, s' of one that holds both.
+        """
+        edm, n = self.edm, self.args.pool if conditions is None else len(conditions)
         pool = torch.empty(len(edm.sigma_hat), n, len(self.mean), device=self.mean.device)
-        for part in pool.split(self.args.chunk, dim=1):
+        for start in (0,) if conditions is None else (0, *self.networks["energies"].ends[:2]):
+            repeats = self.args.inpainting_repeats if start else 1
+            for i in range(0, n, self.args.chunk):
+                part = pool[:, i : i + self.args.chunk]
+                held = conditions[i : i + self.args.chunk, :start] if conditions is not None and start else None
 
-            def visit(level: int, x: Tensor, part: Tensor = part) -> None:
-                part[level] = x
+                def visit(level: int, x: Tensor, start: int = start, part: Tensor = part) -> None:
+                    part[level, :, start:] = x[:, start:]
 
-            edm.sample(denoise, torch.randn_like(part[0]), visit=visit)
+                edm.sample(denoise, torch.randn_like(part[0]), visit=visit, held=held, repeats=repeats)
         return pool
 
     def train_energies(self, recent: Tensor, denoise: Callable[..., Tensor]) -> dict[str, Tensor]:
         """Train with recent transitions (M, D) as positives; the accuracies by noise level."""
         args, edm, energies = self.args, self.edm, self.networks["energies"]
-        (S, SA, D), B, device = energies.ends, args.energy_batch, recent.device
-        pool = self.make_pool(denoise)
+        (S, SA, D), B, K, device = energies.ends, args.energy_batch, args.negatives, recent.device
+        joint, conditions = args.conditional_negatives == "joint", recent
+        if joint:
+            pool = self.make_pool(denoise)
+        else:
+            conditions = recent[torch.randint(len(recent), (args.pool // K,), device=device)]
+            pool = self.make_pool(denoise, conditions.repeat_interleave(K, dim=0))
         parameters = [*energies.nets.parameters(), *energies.behavior.parameters()]  # the dynamics are learned before
         optimizer = torch.optim.Adam(parameters, lr=args.energy_lr, fused=device.type in ("cpu", "cuda"))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.energy_updates, 1))
         upper = edm.sigma_hat.maximum(edm.sigma[:-1].roll(1))  # where the range of the level above begins
         upper[0] = edm.sigma_hat[0]
         edges = torch.tensor([0.1, 1.0, 10.0], device=device)  # of sigma, for the accuracies
-        hits, tries = torch.zeros(4, 4, device=device), torch.full((4,), 1e-9, device=device)
+        blocks = ("state", "policy", "behavior", "transition") if joint else ("state", "policy", "transition")
+        hits, tries = torch.zeros(len(blocks), 4, device=device), torch.full((4,), 1e-9, device=device)
         for update in range(args.energy_updates):
             level = torch.randint(len(edm.sigma_hat), (B,), device=device)
             low = edm.sigma[level]
             sigma = low * (upper[level] / low) ** torch.rand(B, device=device)  # between the levels too
-            acted = recent[torch.randint(len(recent), (B,), device=device)]
+            own = torch.randint(len(conditions), (B,), device=device)
+            acted = conditions[own]
             acted = acted + sigma[:, None] * torch.randn(B, D, device=device)
-            s = recent[torch.randint(len(recent), (B,), device=device), :S]
+            states = recent[torch.randint(len(recent), (B,), device=device), :S]
+            s = states if joint else conditions[own, :S]
             chosen = torch.cat([s, self.policy(s)], dim=1)
             chosen = chosen + sigma[:, None] * torch.randn(B, SA, device=device)
-            negatives = pool[level[:, None], torch.randint(args.pool, (B, args.negatives), device=device)]
+            if joint:
+                drawn = torch.randint(args.pool, (B, K), device=device)
+            else:
+                drawn = own[:, None] * K + torch.arange(K, device=device)
+            negatives = pool[level[:, None], drawn]
             added = (sigma.square() - low.square()).clamp(min=0).sqrt()[:, None, None]
             negatives = negatives + added * torch.randn_like(negatives)
-            losses, found = zip(*energy_losses(energies, acted, chosen, negatives, sigma), strict=True)
+            if joint:
+                results = energy_losses(energies, acted, chosen, negatives, sigma)
+            else:
+                states = states + sigma[:, None] * torch.randn(B, S, device=device)
+                results = conditional_losses(energies, states, chosen, acted, negatives, sigma)
+            losses, found = zip(*results, strict=True)
             optimizer.zero_grad()
             torch.stack(losses).sum().backward(inputs=parameters)
             optimizer.step()
@@ -1065,8 +1125,7 @@ class Round(NamedTuple):
                 bins = torch.bucketize(sigma, edges)
                 hits.index_add_(1, bins, torch.stack(found).float())
                 tries.index_add_(0, bins, torch.ones_like(sigma))
-        blocks, ends = ("state", "policy", "behavior", "transition"), (0.1, 1, 10, math.inf)
-        names = [f"{block}_accuracy_sigma_{end}" for block in blocks for end in ends]
+        names = [f"{block}_accuracy_sigma_{end}" for block in blocks for end in (0.1, 1, 10, math.inf)]
         return dict(zip(names, (hits / tries).flatten(), strict=True))
 
     def generate(self, n: int, denoise: Callable[..., Tensor], guidance: Guidance | None) -> Tensor:

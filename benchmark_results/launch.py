@@ -52,6 +52,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "synther": ["--augmentation", "synther", "--denoiser-recent", "0"],
         "edis_no_energies": ["--augmentation", "synther"],
         **{f"edis_no_{name}": [f"--no-{name}-energy"] for name in ("state", "policy", "transition")},
+        "edis_inpainted": ["--conditional-negatives", "inpainted", "--no-full-gradient"],
         "exact": [],
         "exact_no_state": ["--no-state-energy"],
     },
@@ -107,9 +108,12 @@ class Launcher:
             self.devices.put(f"cuda:{i % args.gpus}" if args.gpus and args.executor == "local" else "auto")
 
     def differs(self, found: dict[str, Any], flags: list[str], free: set[str]) -> bool:
-        """Whether a run's arguments are not those that the script would resolve now, the free ones aside."""
-        wanted = vars(self.script.parse_args(flags))
-        return any(found.get(name) != value for name, value in wanted.items() if name not in free)
+        """Whether a run's arguments are not those that the script would resolve now, the free ones aside.
+
+        Arguments that came later count with their default, at which everything is as before them.
+        """
+        wanted, found = vars(self.script.parse_args(flags)), {**vars(self.script.Args()), **found}
+        return any(found[name] != value for name, value in wanted.items() if name not in free)
 
     def started(self, work: Path, flags: list[str]) -> list[Path]:
         """Folders in `work` of runs of these arguments that can go on; those of other arguments, as before a change."""

@@ -28,11 +28,11 @@ LABELS = {
     "edis": "EDIS", "synther": "SynthER, without energies", "offline": "real offline data instead",
     "none": "online data only", "edis_no_state": "EDIS without E1", "edis_no_policy": "EDIS without E2",
     "edis_no_transition": "EDIS without E3", "edis_no_energies": "EDIS without energies",
-    "exact": "what the energies aim at, exact",
+    "edis_inpainted": "EDIS, inpainted negatives", "exact": "what the energies aim at, exact",
     "exact_no_state": "the same at the states of all data",
 }  # fmt: skip
 COMPARED = ("edis", "synther", "offline", "none")  # in one figure; EDIS and all that is not listed in another
-SHADES = (0, 2, 4, 6, 12, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 14, 16)
+SHADES = (0, 2, 4, 6, 12, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
 COLOURS = dict(zip(LABELS, map(plt.get_cmap("tab20"), SHADES), strict=True))
 DISTANCES = {  # and the energy that aims at it
     "state": ("states to the recent ones", "state"), "policy": ("actions to the policy's", "policy"),

@@ -181,6 +181,14 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
         "index[:share] = torch.randint(len(x) - recent",
         "index[:share] = torch.randint(0",
     ),
+    "EDIS: inpainting without noise": ("edis_sac.py", "held + sigma *", "held + 0 *"),
+    "EDIS: inpainting at once": ("edis_sac.py", "self.args.inpainting_repeats if start else 1", "1"),
+    "EDIS: negatives of another condition": ("edis_sac.py", "drawn = own[:, None]", "drawn = own.flip(0)[:, None]"),
+    "EDIS: E2's own s for the positive only": (
+        "edis_sac.py",
+        "torch.cat([given, blocks], dim=2)",
+        "torch.cat([x[:, None], negatives[..., :end]], dim=1)",
+    ),
     "EDIS: negatives of other levels": ("edis_sac.py", "pool[level[:, None],", "pool[level.flip(0)[:, None],"),
     "EDIS: another spread of the training noise": (
         "edis_sac.py",

@@ -76,6 +76,12 @@ def test_launch_begins_anew_where_arguments_changed(copy):
         rates.append(about["args"]["lr"]["value"])
         assert not about["resumed_from"]
     assert rates == [0.001, 0.002] and "of other arguments" in done.stderr
+    file = raw / "hopper-medium-replay-mini__bc__0" / "args.json"
+    for name, outcome in (("solver_order", "done before"), ("lr", "return")):  # the run is from before this argument
+        about["args"].pop(name)  # solver_order: the default; lr: the preset
+        file.write_text(json.dumps(about))
+        done = call(copy, "benchmark_results/launch.py", *flags.split())
+        assert done.returncode == 0 and f"__bc__0: {outcome}" in done.stdout, (name, done)
 
 
 def test_an_agent_that_diverges_online_has_no_result(copy):

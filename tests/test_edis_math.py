@@ -51,6 +51,37 @@ def test_unguided_sampling_gives_mean_and_covariance(mean, cov, levels, bound):
     assert_close(whitened.cov().reshape(len(mean), -1), torch.eye(len(mean)), atol=bound, rtol=0)
 
 
+@pytest.mark.parametrize("H", [1, 2])
+def test_inpainting_gives_the_conditional(H):
+    """p(rest | held) of a correlated Gaussian; where each level is gone through once only, it misses."""
+    cov, held = torch.tensor(COV), torch.tensor([3.0, 1.0])[:H]
+    slope = cov[H:, :H] @ torch.linalg.inv(cov[:H, :H])
+    mean, conditional = slope @ held, cov[H:, H:] - slope @ cov[:H, H:]
+    edm, root = edis.EDM(128, 80.0, CPU, *KARRAS), torch.linalg.cholesky(conditional)
+
+    def whitened(repeats):
+        x = torch.randn(8_000, 3)
+        x = edm.sample(GaussianDenoiser([0.0] * 3, COV), x, held=held.expand(len(x), H), repeats=repeats)
+        return torch.linalg.solve(root, (x[:, H:] - mean).T)
+
+    rest = whitened(10)
+    assert rest.mean(1).abs().max() < 0.2
+    assert_close(rest.cov().reshape(3 - H, -1), torch.eye(3 - H), atol=0.15, rtol=0)
+    assert whitened(1).mean(1).abs().max() > 0.4
+
+
+def test_what_is_held_has_the_noise_of_each_level():
+    edm, held, seen = edis.EDM(16, 80.0, CPU, *KARRAS), torch.full((4_000, 2), 3.0), []
+    edm.sample(
+        GaussianDenoiser([0.0] * 3, COV), torch.randn(4_000, 3), visit=lambda *v: seen.append(v), held=held, repeats=2
+    )
+    assert [level for level, _ in seen] == [level for level in range(16) for _ in range(2)]
+    for level, x in seen:
+        noise = (x[:, :2] - held) / edm.sigma[level]
+        assert_close(noise.T.cov(), torch.eye(2), atol=0.1, rtol=0)
+        assert noise.mean().abs() < 0.05
+
+
 def test_denoiser_learns():
     """The trained network has the optimal denoiser's values."""
     args = edis.dataclasses.replace(ARGS, denoiser_updates=1_500, denoiser_ema=0.99, denoiser_lr=2e-3)
@@ -218,6 +249,20 @@ def test_energies_are_trained_on_top_of_each_other():
     assert_close(losses[1][0], edis.info_nce(e(energies.nets[0], x[..., :2]) + e(energies.nets[1], x))[0])
 
 
+def test_conditional_losses():
+    """The paper's: E2 and E3 by themselves, a and s' of the negatives in the positive's own s, its own (s, a)."""
+    energies, sigma = edis.Energies(2, 1, 16), torch.full((6,), 0.5)
+    states, chosen, acted, negatives = torch.randn(6, 2), torch.randn(6, 3), torch.randn(6, 5), torch.randn(6, 4, 5)
+    losses = edis.conditional_losses(energies, states, chosen, acted, negatives, sigma)
+    for i, (positive, start) in enumerate(((states, 0), (chosen, 2), (acted, 3))):
+        rows = []
+        for b in range(6):
+            x = positive[b].repeat(5, 1)
+            x[1:, start:] = negatives[b, :, start : x.shape[1]]
+            rows.append(energies(energies.nets[i], x, torch.full((5,), 0.5)))
+        assert_close(losses[i][0], edis.info_nce(torch.stack(rows))[0])
+
+
 # p: s ~ N(0, 1), a = 0.8 s + 0.6 e, s' = (s + a) / 2 + 0.4 e; q: s ~ N(1, 0.5^2), a = 0.4 s + 0.4 e,
 # s' = 0.8 s + 0.5 a + 0.3 e. In p, s and a depend on each other: a noised a tells of s.
 P_ROOT = torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [0.9, 0.3, 0.4]])
@@ -225,11 +270,10 @@ Q_ROOT = torch.tensor([[0.5, 0, 0], [0.2, 0.4, 0], [0.5, 0.2, 0.3]])
 Q_MEAN = torch.tensor([1.0, 0.4, 1.0])
 
 
-@pytest.fixture(scope="module")
-def trained():
+def train(**flags):
     """A Round whose energies were trained for q by an actor 0.4 s + 0.4 e, and the exact denoiser of p."""
     torch.manual_seed(0)
-    flags = {"pool": 4_000, "energy_updates": 2_000, "energy_batch": 128, "energy_lr": 3e-3, "energy_width": 64}
+    flags |= {"pool": 4_000, "energy_updates": 2_000, "energy_batch": 128, "energy_lr": 3e-3, "energy_width": 64}
     args = edis.dataclasses.replace(ARGS, **flags)
 
     class Policy(torch.nn.Module):
@@ -245,21 +289,33 @@ def trained():
     return work, denoise
 
 
+@pytest.fixture(scope="module")
+def trained():
+    return train()
+
+
+def of_first(d, n):
+    """The distribution of the first n coordinates."""
+    return torch.distributions.MultivariateNormal(d.mean[:n], d.covariance_matrix[:n, :n])
+
+
+def noised_targets(sigma):
+    noise = sigma**2 * torch.eye(3)
+    return (
+        torch.distributions.MultivariateNormal(torch.zeros(3), P_ROOT @ P_ROOT.T + noise),
+        torch.distributions.MultivariateNormal(Q_MEAN, Q_ROOT @ Q_ROOT.T + noise),
+    )
+
+
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 2.0])
 def test_energies_are_the_log_density_ratios(trained, sigma):
     """E1, E2(a|s) and E3(s'|s, a) of noised x, up to a constant: the conditional ones too."""
-    energies, noise = trained[0].networks["energies"], sigma**2 * torch.eye(3)
-    p = torch.distributions.MultivariateNormal(torch.zeros(3), P_ROOT @ P_ROOT.T + noise)
-    q = torch.distributions.MultivariateNormal(Q_MEAN, Q_ROOT @ Q_ROOT.T + noise)
+    energies, (p, q) = trained[0].networks["energies"], noised_targets(sigma)
     x = q.sample((4_000,))
 
     def log_ratio(n):
         """log p_sigma / q_sigma of the first n coordinates."""
-        marginals = (
-            torch.distributions.MultivariateNormal(d.mean[:n], d.covariance_matrix[:n, :n]).log_prob(x[:, :n])
-            for d in (p, q)
-        )
-        return next(marginals) - next(marginals)
+        return of_first(p, n).log_prob(x[:, :n]) - of_first(q, n).log_prob(x[:, :n])
 
     for i in range(3):
         with torch.no_grad():
@@ -281,6 +337,25 @@ def test_trained_energies_give_the_target(trained):
     assert cov[0, 1] / cov[0, 0] > 0.7  # the policy's 0.4 s is E2's doing
     x = work.generate(6_000, denoise, edis.make_guidance(work.networks["energies"], (0.0, 1.0, 1.0), True, 10.0))
     assert x[:, 0].mean() < 0.45  # the recent states are E1's
+
+
+def test_inpainted_energies_are_exact_as_sigma_falls(trained):
+    """Of a ~ p(a|s), s' ~ p(s'|s, a), E2 and E3 have the own-block gradients as sigma -> 0; above, E1 to E3 have."""
+    inpainted, _ = train(conditional_negatives="inpainted", full_gradient=False)
+
+    def error(work, sigma):
+        """Of sigma-noised samples of q: relative error of each own-block gradient, root mean square."""
+        p, q = noised_targets(sigma)
+        x, exact = q.sample((4_000,)).requires_grad_(), []
+        for n in (1, 2, 3):
+            log_ratio = of_first(p, n).log_prob(x[:, :n]) - of_first(q, n).log_prob(x[:, :n])
+            exact.append(torch.autograd.grad(log_ratio.sum(), x)[0][:, n - 1])
+        exact = torch.stack(exact, dim=1)
+        guidance = edis.make_guidance(work.networks["energies"], (1.0, 1.0, 1.0), False, 1e9)
+        return (guidance(x, torch.tensor(sigma)) - exact).norm(dim=0) / exact.norm(dim=0)
+
+    assert (error(inpainted, 0.05) < torch.tensor([0.2, 0.25, 0.45])).all()
+    assert (error(inpainted, 2.0)[1:] > 1.4 * error(trained[0], 2.0)[1:]).all()
 
 
 def a_world(n):

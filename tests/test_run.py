@@ -149,6 +149,7 @@ BRANCHES = [
     "--augmentation synther", "--augmentation offline", "--augmentation none", "--no-state-energy",
     "--state-scale 0 --no-policy-energy --no-transition-energy",
     "--no-policy-energy", "--no-transition-energy", "--no-full-gradient", "--cql-alpha 0", "--cql-alpha-online 1",
+    "--conditional-negatives inpainted --no-full-gradient --inpainting-repeats 2",
     "--no-calibrate", "--churn 0", "--first-round 1 --online-steps 9", "--guidance-clip 0",
     "--no-action-approximation --sampler ddpm --beta-schedule vp --diffusion-steps 5", "--no-action-approximation",
 ]  # fmt: skip
@@ -860,6 +861,15 @@ def test_bad_arguments(name, flag, hopper_file, capsys):
     script, data = importlib.import_module(name), ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file)]
     argv = [*fast(script).split(), *data, flag, BAD[flag]]
     assert flag in error_of(capsys, lambda: script.main(parse(script, *argv)))
+
+
+def test_inpainted_negatives_that_cannot_be(capsys):
+    import edis_sac
+
+    flags = ["--conditional-negatives", "inpainted"]
+    assert "--no-full-gradient" in error_of(capsys, lambda: edis_sac.check_args(edis_sac.parse_args(flags)))
+    flags += ["--no-full-gradient", "--pool", "9"]
+    assert "--pool" in error_of(capsys, lambda: edis_sac.check_args(edis_sac.parse_args(flags)))
 
 
 def test_every_number_has_bounds(script, capsys):
