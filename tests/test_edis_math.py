@@ -340,7 +340,7 @@ def test_trained_energies_give_the_target(trained):
 
 
 def test_inpainted_energies_are_exact_as_sigma_falls(trained):
-    """Of a ~ p(a|s), s' ~ p(s'|s, a), E2 and E3 have the own-block gradients as sigma -> 0; above, E1 to E3 have."""
+    """E2 and E3 have exact own-block gradients as sigma -> 0; above, those of joint negatives are nearer."""
     inpainted, _ = train(conditional_negatives="inpainted", full_gradient=False)
 
     def error(work, sigma):
