@@ -179,7 +179,7 @@ class Args:
     # speed
     num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the denoiser, on cuda also each update as one CUDA graph; auto: for cuda only"""
+    """torch.compile of the update, on cuda as one CUDA graph; auto: for cuda, on a CPU from 10 000 updates on"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of float32 products, where the hardware has less: high for TF32, medium for bfloat16"""
 
@@ -847,20 +847,6 @@ def make_networks(obs_dim: int, act_dim: int, args: Args, device: torch.device) 
     return {name: network.to(device) for name, network in networks.items()}
 
 
-def compile_networks(args: Args, networks: Iterable[nn.Module], device: torch.device) -> None:
-    """torch.compile in place; where no compiler works, eager and one line that says so."""
-    if args.compile == "off" or (args.compile == "auto" and device.type != "cuda"):
-        return
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # every backend has its own kind
-        print(f"warning: --compile: {(str(error) or repr(error)).splitlines()[0]}; goes on without", file=sys.stderr)
-        return
-    torch._dynamo.config.suppress_errors = True  # a slower run rather than none
-    for network in networks:
-        network.compile()
-
-
 class Captured:
     """An update as one CUDA graph: three calls as they are, the fourth is captured, and replayed from then on.
 
@@ -905,6 +891,28 @@ class Captured:
         return metrics
 
 
+def accelerate(args: Args, update: Callable, networks: Iterable[nn.Module], device: torch.device) -> Callable:
+    """The update compiled; on cuda as one CUDA graph, the networks for sampling too; where nothing compiles, eager.
+
+    On a CPU a run must have enough updates to earn the compiling back.
+    """
+    cuda, worth = device.type == "cuda", device.type == "cpu" and args.num_updates >= 10_000
+    if args.compile == "off" or (args.compile == "auto" and not (cuda or worth)):
+        return update
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+        torch._dynamo.config.trace_autograd_ops = True  # gradients in the same code as their loss
+        torch._dynamo.config.suppress_errors = True  # a slower run rather than none
+        torch._inductor.config.fallback_random = True  # the same noise as without
+        for network in networks if cuda else ():
+            network.compile()
+        update = torch.compile(update)
+        say("compiles its update, for about a minute")
+    except Exception as error:  # every backend has its own kind
+        print(f"warning: --compile: {(str(error) or repr(error)).splitlines()[0]}; goes on without", file=sys.stderr)
+    return Captured(update) if cuda else update
+
+
 def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
     """The update of SAC with CQL's penalty, rows and its coefficient -> metrics, and its optimisers."""
     actor, critic, critic_target = (networks[name] for name in ("actor", "critic", "critic_target"))
@@ -917,10 +925,14 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
         name: torch.optim.Adam(parameters[name], lr, fused=fused, capturable=capturable) for name, lr in rates.items()
     }
 
-    def descend(name: str, loss: Tensor) -> None:
-        optimizers[name].zero_grad()
-        loss.backward(inputs=parameters[name])  # and nothing into the other networks
-        optimizers[name].step()
+    def differentiate(name: str, loss: Tensor) -> None:
+        for parameter, gradient in zip(parameters[name], torch.autograd.grad(loss, parameters[name]), strict=True):
+            parameter.grad = gradient
+
+    @torch.compiler.disable  # what lies between two of these is compiled as a whole, if no graph of gradients crosses
+    def step(*names: str) -> None:
+        for name in names:
+            optimizers[name].step()
 
     def penalty(s: Tensor, next_s: Tensor, mc: Tensor, q1: Tensor, q2: Tensor) -> Tensor:
         """CQL's penalty of both critics; Cal-QL: the policy's actions are worth at least the Monte-Carlo return."""
@@ -950,18 +962,22 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
         q1, q2 = critic(s, a)
         qf1_loss, qf2_loss = critic_losses(q1, q2, r, mask, next_v, args.gamma)
         cql_loss = penalty(s, next_s, mc, q1, q2) if cql_alpha else torch.zeros((), device=s.device)
-        descend("critic", qf1_loss + qf2_loss + cql_alpha * cql_loss)
+        losses = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "cql_loss": cql_loss}
+        losses |= {"alpha": alpha, "q_mean": q1.mean(), "q_max": q1.max()}
+        metrics = {f"losses/{name}": loss.detach() for name, loss in losses.items()}
+        differentiate("critic", qf1_loss + qf2_loss + cql_alpha * cql_loss)
+        step("critic")
 
         new_a, log_pi = actor(s, torch.randn_like(a))
         policy_loss = actor_loss(critic.min(s, new_a), log_pi, alpha)
-        descend("actor", policy_loss)
-        descend("temperature", temperature_loss(log_alpha, log_pi, -a.shape[1]))
+        metrics |= {"losses/policy_loss": policy_loss.detach(), "losses/entropy": -log_pi.detach().mean()}
+        differentiate("actor", policy_loss)
+        differentiate("temperature", temperature_loss(log_alpha, log_pi, -a.shape[1]))
+        step("actor", "temperature")
         with torch.no_grad():
             for target, parameter in zip(critic_target.parameters(), critic.parameters(), strict=True):
                 target.lerp_(parameter, args.tau)
-        losses = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "cql_loss": cql_loss, "policy_loss": policy_loss}
-        losses |= {"alpha": alpha, "entropy": -log_pi.mean(), "q_mean": q1.mean(), "q_max": q1.max()}
-        return {f"losses/{name}": loss.detach() for name, loss in losses.items()}
+        return metrics
 
     return update, optimizers
 
@@ -1606,13 +1622,12 @@ def main(args: Args) -> dict[str, Any]:
 
     # Networks, optimisers, buffers
     networks = make_networks(obs_dim, act_dim, args, device)
-    compile_networks(args, (networks["denoiser"], networks["denoiser_ema"]), device)
     update, optimizers = make_update(args, networks)
-    updates: dict[float, Callable] = {}
-    for alpha in (args.cql_alpha, args.cql_alpha_online):
-        updates[alpha] = partial(update, cql_alpha=alpha)
-        if device.type == "cuda" and args.compile != "off":
-            updates[alpha] = Captured(updates[alpha])
+    denoisers = networks["denoiser"], networks["denoiser_ema"]
+    updates = {
+        alpha: accelerate(args, partial(update, cql_alpha=alpha), denoisers, device)
+        for alpha in {args.cql_alpha, args.cql_alpha_online}
+    }
     online = Buffer(args.online_steps + 1, data.shape[1], device)
     synthetic = Buffer(args.samples, data.shape[1], device)
     interaction = Interaction(make_env(), args.seed)
@@ -1696,7 +1711,9 @@ def main(args: Args) -> dict[str, Any]:
             batch = torch.cat([batch, online.sample(args.batch_size - n)])
         s, a, next_s, r, mask, mc = batch.split([obs_dim, act_dim, obs_dim, 1, 1, 1], dim=1)
         update = updates[args.cql_alpha if offline else args.cql_alpha_online]
+        run.nothing_to_save = not metrics  # the first update, which may compile for long
         metrics = update(s=s, a=a, next_s=next_s, r=r[:, 0], mask=mask[:, 0], mc=mc[:, 0])
+        run.nothing_to_save = False
         run.progress["step"] += 1
         run.bar.update()
         if notes:

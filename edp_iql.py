@@ -124,7 +124,7 @@ class Args:
     # speed
     num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the networks, on cuda also each update as one CUDA graph; auto: for cuda only"""
+    """torch.compile of the update, on cuda as one CUDA graph; auto: for cuda, on a CPU from 10 000 updates on"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of float32 products, where the hardware has less: high for TF32, medium for bfloat16"""
 
@@ -526,6 +526,8 @@ class Diffusion:
         self.orders = [solver_order] * n + [rest] * (rest > 0)
         if solver_order == 3 and rest == 0:  # the last steps are where order 3 is least stable
             self.orders[-1:] = [2, 1]
+        if (K if sampler == "ddpm" else steps) > 20:  # unrolled in an update, they would be compiled for minutes
+            self.sample = torch.compiler.disable(self.sample)  # type: ignore[method-assign]
 
     def forward_noising(self, a0: Tensor, k: Tensor, epsilon: Tensor) -> Tensor:
         """a^k of actions (B, A), steps (B,) and noise (B, A)."""
@@ -643,20 +645,6 @@ def draw(args: Args, diffusion: Diffusion, act_dim: int, device: torch.device, s
     }
 
 
-def compile_networks(args: Args, networks: Iterable[nn.Module], device: torch.device) -> None:
-    """torch.compile in place; where no compiler works, eager and one line that says so."""
-    if args.compile == "off" or (args.compile == "auto" and device.type != "cuda"):
-        return
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except Exception as error:  # every backend has its own kind
-        print(f"warning: --compile: {(str(error) or repr(error)).splitlines()[0]}; goes on without", file=sys.stderr)
-        return
-    torch._dynamo.config.suppress_errors = True  # a slower run rather than none
-    for network in networks:
-        network.compile()
-
-
 class Captured:
     """An update as one CUDA graph: three calls as they are, the fourth is captured, and replayed from then on.
 
@@ -701,6 +689,28 @@ class Captured:
         return metrics
 
 
+def accelerate(args: Args, update: Callable, networks: Iterable[nn.Module], device: torch.device) -> Callable:
+    """The update compiled; on cuda as one CUDA graph, the networks for sampling too; where nothing compiles, eager.
+
+    On a CPU a run must have enough updates to earn the compiling back.
+    """
+    cuda, worth = device.type == "cuda", device.type == "cpu" and args.num_updates >= 10_000
+    if args.compile == "off" or (args.compile == "auto" and not (cuda or worth)):
+        return update
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+        torch._dynamo.config.trace_autograd_ops = True  # gradients in the same code as their loss
+        torch._dynamo.config.suppress_errors = True  # a slower run rather than none
+        torch._inductor.config.fallback_random = True  # the same noise as without
+        for network in networks if cuda else ():
+            network.compile()
+        update = torch.compile(update)
+        say("compiles its update, for about a minute")
+    except Exception as error:  # every backend has its own kind
+        print(f"warning: --compile: {(str(error) or repr(error)).splitlines()[0]}; goes on without", file=sys.stderr)
+    return Captured(update) if cuda else update
+
+
 def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
     """The update of Algorithm 1 with IQL's critics, a batch and its random draws -> metrics, and its optimisers."""
     policy, value, critic, critic_target = (networks[name] for name in ("policy", "value", "critic", "critic_target"))
@@ -713,13 +723,18 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
     adam = partial(torch.optim.Adam, lr=args.lr, fused=device.type in ("cpu", "cuda"), capturable=capturable)
     optimizers = {name: adam(vector) for name, vector in vectors.items()}
 
-    def descend(name: str, loss: Tensor) -> None:
+    def differentiate(name: str, loss: Tensor) -> None:
+        """The clipped gradient of each vector of a network."""
         gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters[name])])
         for vector, part in zip(vectors[name], gradient.chunk(len(vectors[name])), strict=True):
             vector.grad = part
             if args.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(vector, args.max_grad_norm)
-        optimizers[name].step()
+
+    @torch.compiler.disable  # what lies between two of these is compiled as a whole, if no graph of gradients crosses
+    def step(*names: str) -> None:
+        for name in names:
+            optimizers[name].step()
 
     def update(
         s: Tensor, a: Tensor, next_s: Tensor, r: Tensor, mask: Tensor, k: Tensor, epsilon: Tensor
@@ -727,7 +742,9 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
         with torch.no_grad():
             q = critic_target.min(s, a)
         v_loss = value_loss(value(s)[:, 0], q, args.expectile)
-        descend("value", v_loss)
+        differentiate("value", v_loss)
+        v_loss = v_loss.detach()
+        step("value")
 
         with torch.no_grad():  # the new V serves policy and critics, as in the official code
             v, next_v = value(torch.cat([s, next_s]))[:, 0].chunk(2)
@@ -736,18 +753,21 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
         diffusion_loss = error.mean()
         guidance_loss = weighted_regression(diffusion, error, a, a_hat_0, k, f, args.likelihood)
         policy_loss = args.diffusion_coef * diffusion_loss + args.guidance_coef * guidance_loss
-        descend("policy", policy_loss)
 
         q1, q2 = critic(s, a)
         qf1_loss, qf2_loss = critic_losses(q1, q2, r, mask, next_v, args.gamma)
-        descend("critic", qf1_loss + qf2_loss)
-        with torch.no_grad():
-            for target, vector in zip(target_vectors, critic_vectors, strict=True):
-                target.lerp_(vector, args.tau)
         losses = {"value_loss": v_loss, "qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "policy_loss": policy_loss}
         losses |= {"diffusion_loss": diffusion_loss, "guidance_loss": guidance_loss, "weight_mean": f.mean()}
         losses |= {"q_mean": q1.mean(), "q_max": q1.max(), "v_mean": v.mean()}
-        return {f"losses/{name}": loss.detach() for name, loss in losses.items()}
+        metrics = {f"losses/{name}": loss.detach() for name, loss in losses.items()}
+
+        differentiate("policy", policy_loss)
+        differentiate("critic", qf1_loss + qf2_loss)
+        step("policy", "critic")
+        with torch.no_grad():
+            for target, vector in zip(target_vectors, critic_vectors, strict=True):
+                target.lerp_(vector, args.tau)
+        return metrics
 
     return update, optimizers
 
@@ -1127,10 +1147,8 @@ def main(args: Args) -> dict[str, Any]:
     K, sampler, steps, order = args.diffusion_steps, args.sampler, args.sampler_steps, args.solver_order
     diffusion = Diffusion(K, sampler, steps, order, device, args.beta_schedule)
     networks = make_networks(obs_dim, act_dim, device)
-    compile_networks(args, networks.values(), device)
     update, optimizers = make_update(args, diffusion, networks)
-    if device.type == "cuda" and args.compile != "off":
-        update = Captured(update)
+    update = accelerate(args, update, networks.values(), device)
     state = networks | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     if saved:
         run.restore(state)
@@ -1169,7 +1187,9 @@ def main(args: Args) -> dict[str, Any]:
         index = torch.randint(len(data), (args.batch_size,), device=device)
         s, a, next_s, r, mask = data[index].split([obs_dim, act_dim, obs_dim, 1, 1], dim=1)
         chance = draw(args, diffusion, act_dim, device, step)
+        run.nothing_to_save = not metrics  # the first update, which may compile for long
         metrics = update(s=s, a=a, next_s=next_s, r=r[:, 0], mask=mask[:, 0], **chance)
+        run.nothing_to_save = False
         run.progress["step"] += 1
         run.bar.update()
 

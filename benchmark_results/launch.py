@@ -80,7 +80,7 @@ class Args:
     gpus: int = 0
     """GPUs that the workers of this machine share in turn, or that each job of a cluster gets"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """passed on to the runs: `on` saves some of the time on a CPU with a C++ compiler"""
+    """passed on to the runs"""
     executor: Literal["local", "slurm"] = "local"
     """where runs are started: on this machine, or as jobs of a SLURM cluster"""
     slurm_partition: str | None = None

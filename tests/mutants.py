@@ -26,8 +26,8 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
     "weight of V - Q": ("edp_iql.py", "(inverse_temperature * (q - v))", "(inverse_temperature * (v - q))"),
     "old V for policy and critics": (
         "edp_iql.py",
-        'descend("value", v_loss)\n',
-        "v, next_v = value(torch.cat([s, next_s])).detach()[:, 0].chunk(2)\n        descend('value', v_loss)\n",
+        'step("value")\n',
+        "v, next_v = value(torch.cat([s, next_s])).detach()[:, 0].chunk(2)\n        step('value')\n",
     ),
     "no mask in the target": ("edp_iql.py", "r + gamma * mask * next_v", "r + gamma * next_v"),
     "sum for mean in the diffusion loss": (

@@ -206,6 +206,16 @@ def test_compiled_update_agrees_with_eager(run, script, capsys):
         assert (compiled - eager).norm() < 1e-5 * eager.norm()
 
 
+@pytest.mark.parametrize("mode", ["auto", "on", "off"])
+def test_what_is_compiled(script, monkeypatch, mode):
+    """By default on a CPU: the update of a run that is long enough."""
+    monkeypatch.setattr(torch, "compile", lambda f: lambda *x: (f(*x), "compiled"))
+    for updates, longer in ((9_999, False), (10_000, True)):
+        args, cpu = parse(script, "--compile", mode, "--num-updates", updates), torch.device("cpu")
+        update = script.accelerate(args, str.upper, [], cpu)
+        assert update("x") == (("X", "compiled") if mode == "on" or (mode == "auto" and longer) else "X")
+
+
 @pytest.mark.parametrize("message, told", [("no compiler\nand pages of log", "no compiler"), ("", "RuntimeError('')")])
 def test_compiling_that_fails_is_one_line(run, script, monkeypatch, capsys, message, told):
     def fail(function):
@@ -304,9 +314,14 @@ def same_run(script, a, b):
         assert texts[0] == texts[1], name
 
 
-@pytest.mark.parametrize("killed_at", [4, 5, 7])
-def test_resume_is_exact(run, script, monkeypatch, killed_at):
-    whole = run("--num-updates", 10)
+# Compiled for two scripts: the siblings' update and EDIS's, with noise of its own, are compiled alike
+@pytest.mark.parametrize(
+    "script, killed_at, mode",
+    [(importlib.import_module(name), at, "off") for name in SCRIPTS for at in (4, 5, 7)]
+    + [(importlib.import_module(name), 5, "on") for name in ("edp_iql", "edis_sac")],
+)
+def test_resume_is_exact(run, script, monkeypatch, killed_at, mode):
+    whole = run("--num-updates", 10, "--compile", mode)
 
     class Killed(BaseException):
         pass
@@ -321,8 +336,9 @@ def test_resume_is_exact(run, script, monkeypatch, killed_at):
 
     monkeypatch.setattr(script.Run, "log", dying_log)
     with pytest.raises(Killed):
-        run("--num-updates", 10)
+        run("--num-updates", 10, "--compile", mode)
     monkeypatch.setattr(script.Run, "log", log)
+    torch._dynamo.reset()  # as another process begins
     folder = max(script.Path(whole["run_dir"]).parent.iterdir(), key=lambda p: p.name)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "half a row')  # what a kill can leave
@@ -552,7 +568,7 @@ def test_signals(start, name, signum, code, tmp_path, hopper_file):
     """A signal saves and exits; the run goes on from the very update."""
     data = ["--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file)]
     script = importlib.import_module(name)
-    never = fast(script).replace("--save-every 3", "--save-every 1000000").replace("updates 6", "updates 100000")
+    never = fast(script).replace("--save-every 3", "--save-every 1000000").replace("updates 6", "updates 9000")
     process = start(name, *flags_of(script, [*never.split(), *data]))
     for line in process.stdout:  # first progress
         if line.startswith("update"):
@@ -565,6 +581,18 @@ def test_signals(start, name, signum, code, tmp_path, hopper_file):
     assert step > 0
     result = script.main(parse(script, "--resume", folder, "--num-updates", step + 3))
     assert result["updates"] == step + 3
+
+
+def test_a_signal_while_compiling(start, tmp_path, hopper_file, monkeypatch):
+    """Nothing is there to save: the run ends at once, without the compiler's pages."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    process = start("edp_td3", "--compile", "on", "--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file))
+    while not process.stdout.readline().startswith("compiles"):
+        assert process.poll() is None
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "stopped at update 0\n")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

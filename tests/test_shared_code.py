@@ -21,20 +21,20 @@ NOT_IQL = ("edis_sac", "edp_crr", "edp_td3")
 SHARED = dict.fromkeys((
     "fail", "say", "D4RL", "LEVELS", "D4RL_IDS", "BUNDLED_IDS", "D4RL_URLS", "Columns", "Transform", "KEYS",
     "read_hdf5", "check", "download_d4rl", "load_minari", "load_task", "timeouts_by_limit", "make_transitions", "Mish",
-    "MLP", "Critic", "make_envs", "evaluate", "load_checkpoint", "describe", "Run", "set_up", "compile_networks",
-    "Captured", "__main__",
+    "MLP", "Critic", "make_envs", "evaluate", "load_checkpoint", "describe", "Run", "set_up", "accelerate",
+    "Captured", "make_update.step", "__main__",
     *(f"Args.{name}" for name in (
         "exp_name", "seed", "device", "log_every", "save_every", "resume", "runs_dir", "track", "wandb_project",
         "wandb_entity", "wandb_group", "wandb_mode", "dataset_path", "reward_transform",
         "observation_transform", "eval_every", "eval_episodes", "capture_video", "batch_size", "gamma", "tau",
-        "num_threads", "matmul_precision",
+        "num_threads", "compile", "matmul_precision",
     )),
 ), ALL)  # fmt: skip
 SHARED |= dict.fromkeys((
     "CLIPS", "SPARSE", "PRESETS", "RESUMABLE", "parse_args", "flatten", "Policy", "Diffusion", "reconstruct",
-    "select_actions", "main", "make_update.descend", *(f"Args.{name}" for name in (
+    "select_actions", "main", "make_update.differentiate", *(f"Args.{name}" for name in (
         "env_id", "num_updates", "eval_candidates", "lr", "max_grad_norm", "diffusion_steps",
-        "beta_schedule", "sampler", "sampler_steps", "solver_order", "diffusion_coef", "compile",
+        "beta_schedule", "sampler", "sampler_steps", "solver_order", "diffusion_coef",
     )),
 ), EDP)  # fmt: skip
 SHARED |= dict.fromkeys(("MINI", "weighted_regression", "Args.guidance_coef", "Args.likelihood"), REGRESSION)
@@ -56,7 +56,6 @@ DIFFERS = {
     "main": "EDIS has an online phase",
     "Args.weight_cap": "100 for IQL, 20 for CRR",
     "Args.env_id": "medium for EDIS, which needs room to improve",
-    "Args.compile": "what is compiled",
 }
 
 
@@ -143,7 +142,7 @@ def test_the_comparison_finds_what_it_is_for():
     assert "gone: listed, stands nowhere" in found(shared={**SHARED, "gone": EDP})
     assert "fail: is listed as different and is not" in found(differs={**DIFFERS, "fail": "why"})
     assert "MINI: the same in" in found(shared={k: v for k, v in SHARED.items() if k != "MINI"})
-    assert "make_update.descend: not the same" in found(make_update__descend="def descend(): pass")
+    assert "make_update.step: not the same" in found(make_update__step="def step(): pass")
     assert "draw.helper: the same in" in found(draw__helper="x", added={"edp_iql": {"draw.helper": "x"}})
     assert "__main__: not the same" in found(__main__="if True: pass")
     copy = pieces("edp_iql")["evaluate"].replace("def evaluate", "def run_episodes").replace('"""One', '"""An')
