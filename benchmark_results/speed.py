@@ -290,10 +290,9 @@ def tables(found: dict[str, Any]) -> str:
         fast, wide = (f"{r[key]:.1f}" if key in r else "" for key in ("accelerated", "twice_the_threads"))
         share = r.get("accelerated", speed) / bound
         lines.append(f"| {name} | {speed:.1f} | {fast} | {wide} | {bound:.1f} | {share:.2f} | {r['peak_MiB']:.0f} |")
-    shares = " and ".join(
-        f"{r['passes_per_second'] / r['floor']:.2f} {name}" for name in NETWORKS if (r := results[name])
-    )
-    lines += ["", f"Of its floor, forward and backward through one 3 x 256 network alone reach {shares}."]
+    shares = {name: results[name]["passes_per_second"] / results[name]["floor"] for name in NETWORKS}
+    line = f"reach {shares[NETWORKS[0]]:.2f} of their floor {NETWORKS[0]}, {shares[NETWORKS[1]]:.2f} {NETWORKS[1]}."
+    lines += ["", f"Forward and backward through one 3 x 256 network alone, uncompiled, {line}"]
     if crowded := [name for name in CROWDED if "beside_others" in results[name]]:
         head = f"updates/s beside {found['cores'] - 1} busy process | one thread | share of the idle rate | two threads"
         lines += ["", f"| {head} |", "|---|---|---|---|"]

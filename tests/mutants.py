@@ -316,6 +316,25 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
     "data: no word of the default id": ("edp_iql.py", "args.env_id == Args.env_id:", "False:", "default_id_is_told"),
     "run: a sampler that waits": ("edp_iql.py", "zip(range(self.K - 1, -1, -1)", "zip(self.index.flip(0)", "waits"),
     "EDIS run: an update that waits": ("edis_sac.py", "exp(), validate_args=False)", "exp())", "waits"),
+    "run: gradients outside of what is compiled": (
+        "edp_iql.py",
+        "torch._dynamo.config.trace_autograd_ops = True",
+        "pass",
+        "compiled_update_agrees",
+    ),
+    "run: a signal waits for the compiler": (
+        "edp_td3.py",
+        "run.nothing_to_save = not metrics",
+        "run.nothing_to_save = False",
+        "while_compiling",
+    ),
+    "EDIS run: the compiler's own noise": (
+        "edis_sac.py",
+        "torch._inductor.config.fallback_random = True",
+        "pass",
+        "compiled_update_agrees",
+    ),
+    "run: short runs compiled": ("edp_iql.py", "args.num_updates >= 10_000", "True", "what_is_compiled"),
     "run: pages where there is no compiler": (
         "edp_iql.py",
         "(str(error) or repr(error)).splitlines()[0]}; goes",

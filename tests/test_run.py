@@ -186,15 +186,17 @@ def test_every_choice_is_a_branch(name):
 
 
 def test_compiled_update_agrees_with_eager(run, script, capsys):
-    """Metrics and weights of compiled and eager runs, to float32 rounding; and that one is compiled."""
+    """Metrics and weights of compiled and eager runs, to float32 rounding; and that one is compiled in few pieces."""
     from torch._dynamo.utils import counters
 
+    # The compiler's trial, what lies before and between optimisers' steps, the targets' move
+    pieces = {"edp_iql": 4, "edp_crr": 3, "edp_td3": 3, "edis_sac": 4}[script.__name__]
     longer = () if script.__name__ == "edis_sac" else ("--num-updates", "50", "--eval-every", "50")
     logs, states = [], []
     for mode in ("off", "on"):
         counters.clear()
         folder = script.Path(run("--compile", mode, *longer)["run_dir"])
-        assert (counters["stats"]["unique_graphs"] > 0) == (mode == "on")
+        assert counters["stats"]["unique_graphs"] == (pieces if mode == "on" else 0)
         logs.append(rows_of(folder / "metrics.jsonl"))
         states.append(torch.load(folder / "checkpoint.pt", weights_only=True))
     assert "warning" not in capsys.readouterr().err
