@@ -163,18 +163,19 @@ def training_table(runs: Runs) -> list[str]:
 
 
 def d4rl_table(runs: Runs) -> list[str]:
-    """Normalised scores, mean of the last ten evaluations: published, and ours where somebody ran it."""
-    published, names = json.loads((HERE / "published.json").read_text()), ("edp_td3", "edp_crr", "edp_iql")
-    columns = " | ".join(f"{LABELS[name]}, published | ours (seeds)" for name in names)
-    lines = [f"| data | {columns} |", "|" + "---|" * 7]
-    for env_id, scores in published["scores"].items():
-        cells = [env_id]
-        for name in names:
-            jobs = finished(runs.get(env_id, {}).get(name, {}))
-            score = np.mean([job.result["normalized_score"]["mean_of_last_10"] for job in jobs]) if jobs else None
-            cells += [f"{scores[name]}", "not run" if score is None else f"{score:.1f} ({len(jobs)})"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", f"Published: {published['source']}."]
+    """Normalised scores, mean of the last ten evaluations, feed-forward beside EDP: published, and ours where run."""
+    published, lines = json.loads((HERE / "published.json").read_text()), []
+    for names in (("td3_bc", "edp_td3"), ("iql", "edp_iql"), ("edp_crr",)):
+        columns = " | ".join(f"{LABELS[name]}, published | ours (seeds)" for name in names)
+        lines += ["", f"| data | {columns} |", "|" + "---|" * (1 + 2 * len(names))]
+        for env_id, scores in published["scores"].items():
+            cells = [env_id]
+            for name in names:
+                jobs = finished(runs.get(env_id, {}).get(name, {}))
+                score = np.mean([job.result["normalized_score"]["mean_of_last_10"] for job in jobs]) if jobs else None
+                cells += [f"{scores[name]}", "not run" if score is None else f"{score:.1f} ({len(jobs)})"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines[1:], "", f"Published: {published['source']}."]
 
 
 def distance_table(runs: Runs) -> list[str]:
