@@ -179,7 +179,7 @@ class Args:
     # speed
     num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the update, on cuda as one CUDA graph; auto: for cuda, on a CPU from 10 000 updates on"""
+    """torch.compile of the update, on cuda also of sampling, in a CUDA graph; auto: cuda, or 10 000 updates on a CPU"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of float32 products, where the hardware has less: high for TF32, medium for bfloat16"""
 
@@ -894,7 +894,7 @@ class Captured:
 def accelerate(args: Args, update: Callable, networks: Iterable[nn.Module], device: torch.device) -> Callable:
     """The update compiled; on cuda as one CUDA graph, the networks for sampling too; where nothing compiles, eager.
 
-    On a CPU a run must have enough updates to earn the compiling back.
+    auto: on a CPU the run must have enough updates to earn the compiling back.
     """
     cuda, worth = device.type == "cuda", device.type == "cpu" and args.num_updates >= 10_000
     if args.compile == "off" or (args.compile == "auto" and not (cuda or worth)):
@@ -903,11 +903,12 @@ def accelerate(args: Args, update: Callable, networks: Iterable[nn.Module], devi
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
         torch._dynamo.config.trace_autograd_ops = True  # gradients in the same code as their loss
         torch._dynamo.config.suppress_errors = True  # a slower run rather than none
+        torch._dynamo.config.specialize_float = True  # numbers are constants, whichever came first
         torch._inductor.config.fallback_random = True  # the same noise as without
         for network in networks if cuda else ():
             network.compile()
         update = torch.compile(update)
-        say("compiles its update, for about a minute")
+        say("compiles its update, for up to a minute")
     except Exception as error:  # every backend has its own kind
         print(f"warning: --compile: {(str(error) or repr(error)).splitlines()[0]}; goes on without", file=sys.stderr)
     return Captured(update) if cuda else update

@@ -130,7 +130,7 @@ class Args:
     # speed
     num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the update, on cuda as one CUDA graph; auto: for cuda, on a CPU from 10 000 updates on"""
+    """torch.compile of the update, on cuda also of sampling, in a CUDA graph; auto: cuda, or 10 000 updates on a CPU"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of float32 products, where the hardware has less: high for TF32, medium for bfloat16"""
 
@@ -521,6 +521,7 @@ class Diffusion:
         self.posterior_a0 = table(beta * alpha_bar_prev**0.5 / (1 - alpha_bar))
         self.posterior_ak = table((1 - alpha_bar_prev) * (1 - beta) ** 0.5 / (1 - alpha_bar))
         self.posterior_std = table((beta * (1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5)
+        self.ddim_steps = np.linspace(K - 1, 0, steps).round().astype(int).tolist()
         # DPM-Solver's network calls, uniform in time from 1 to the end; log alpha_t is linear between t = k / K
         t = np.linspace(1.0, max(1e-3, 1 / K), steps + 1)
         log_alpha = np.interp(t, np.arange(1, K + 1) / K, 0.5 * np.log(alpha_bar))
@@ -531,8 +532,6 @@ class Diffusion:
         self.orders = [solver_order] * n + [rest] * (rest > 0)
         if solver_order == 3 and rest == 0:  # the last steps are where order 3 is least stable
             self.orders[-1:] = [2, 1]
-        if (K if sampler == "ddpm" else steps) > 20:  # unrolled in an update, they would be compiled for minutes
-            self.sample = torch.compiler.disable(self.sample)  # type: ignore[method-assign]
 
     def forward_noising(self, a0: Tensor, k: Tensor, epsilon: Tensor) -> Tensor:
         """a^k of actions (B, A), steps (B,) and noise (B, A)."""
@@ -559,12 +558,12 @@ class Diffusion:
 
     def ddim(self, policy: Policy, s: Tensor, a: Tensor) -> Tensor:
         """Deterministic (eta = 0) sampling from a^K (B, A) over evenly spaced steps."""
-        steps = np.linspace(self.K - 1, 0, self.steps).round().astype(int).tolist()
-        for k, k_next in itertools.pairwise(steps):
+        for k, k_next in itertools.pairwise(self.ddim_steps):
             a0 = self.approximate_action(a, k, policy(s, a, self.index[k]))
             epsilon = (a - self.sqrt_alpha_bar[k] * a0) / self.sqrt_one_minus_alpha_bar[k]
             a = self.sqrt_alpha_bar[k_next] * a0 + self.sqrt_one_minus_alpha_bar[k_next] * epsilon
-        return self.approximate_action(a, steps[-1], policy(s, a, self.index[steps[-1]]))
+        last = self.ddim_steps[-1]
+        return self.approximate_action(a, last, policy(s, a, self.index[last]))
 
     def dpm_solver(self, policy: Policy, s: Tensor, a: Tensor) -> Tensor:
         """Singlestep DPM-Solver from a^K (B, A)."""
@@ -693,7 +692,7 @@ class Captured:
 def accelerate(args: Args, update: Callable, networks: Iterable[nn.Module], device: torch.device) -> Callable:
     """The update compiled; on cuda as one CUDA graph, the networks for sampling too; where nothing compiles, eager.
 
-    On a CPU a run must have enough updates to earn the compiling back.
+    auto: on a CPU the run must have enough updates to earn the compiling back.
     """
     cuda, worth = device.type == "cuda", device.type == "cpu" and args.num_updates >= 10_000
     if args.compile == "off" or (args.compile == "auto" and not (cuda or worth)):
@@ -702,11 +701,12 @@ def accelerate(args: Args, update: Callable, networks: Iterable[nn.Module], devi
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
         torch._dynamo.config.trace_autograd_ops = True  # gradients in the same code as their loss
         torch._dynamo.config.suppress_errors = True  # a slower run rather than none
+        torch._dynamo.config.specialize_float = True  # numbers are constants, whichever came first
         torch._inductor.config.fallback_random = True  # the same noise as without
         for network in networks if cuda else ():
             network.compile()
         update = torch.compile(update)
-        say("compiles its update, for about a minute")
+        say("compiles its update, for up to a minute")
     except Exception as error:  # every backend has its own kind
         print(f"warning: --compile: {(str(error) or repr(error)).splitlines()[0]}; goes on without", file=sys.stderr)
     return Captured(update) if cuda else update
@@ -742,15 +742,6 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
         s: Tensor, a: Tensor, next_s: Tensor, r: Tensor, mask: Tensor, k: Tensor, epsilon: Tensor,
         noise: Tensor, next_noise: Tensor, first_critic: Tensor, policy_tau: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
-        error, a_hat_0 = reconstruct(diffusion, policy, s, a, k, epsilon)
-        if not args.action_approximation:  # Diffusion-QL
-            a_hat_0 = diffusion.sample(policy, s, noise).clamp(-1, 1)
-        diffusion_loss = error.mean()
-        q1, q2 = critic(s, a_hat_0)
-        q, other = torch.where(first_critic, q1, q2), torch.where(first_critic, q2, q1)
-        guidance_loss = q_loss(q, q if args.action_approximation else other, args.eta)
-        policy_loss = args.diffusion_coef * diffusion_loss + guidance_loss
-
         with torch.no_grad():
             if args.max_q_backup:
                 candidates_s = next_s.repeat_interleave(args.max_q_candidates, dim=0)
@@ -762,6 +753,16 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
                 if not args.action_approximation:  # Diffusion-QL's code clips, the official one of EDP does not
                     next_a = next_a.clamp(-1, 1)
                 next_v = critic_target.min(next_s, next_a)
+
+        error, a_hat_0 = reconstruct(diffusion, policy, s, a, k, epsilon)
+        if not args.action_approximation:  # Diffusion-QL
+            a_hat_0 = diffusion.sample(policy, s, noise).clamp(-1, 1)
+        diffusion_loss = error.mean()
+        q1, q2 = critic(s, a_hat_0)
+        q, other = torch.where(first_critic, q1, q2), torch.where(first_critic, q2, q1)
+        guidance_loss = q_loss(q, q if args.action_approximation else other, args.eta)
+        policy_loss = args.diffusion_coef * diffusion_loss + guidance_loss
+
         q1, q2 = critic(s, a)
         qf1_loss, qf2_loss = critic_losses(q1, q2, r, mask, next_v, args.gamma)
         losses = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "policy_loss": policy_loss}
@@ -778,6 +779,9 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
             policy_target_vector.lerp_(vectors["policy"][0], policy_tau)
         return metrics
 
+    if (args.diffusion_steps if args.sampler == "ddpm" else args.sampler_steps) > 20:
+        # Its calls of the policy would be unrolled and compiled for minutes. A partial: torch.compile undoes `disable`
+        return partial(torch.compiler.disable(update)), optimizers
     return update, optimizers
 
 

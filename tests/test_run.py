@@ -185,17 +185,28 @@ def test_every_choice_is_a_branch(name):
             assert f"--{'no-' if field.default else ''}{flag[2:]} " in flags, flag
 
 
-def test_compiled_update_agrees_with_eager(run, script, capsys):
+# Compiled pieces: the compiler's trial, what lies before and between optimisers' steps, the targets' move; only the
+# first where many calls of the policy would have to be unrolled
+@pytest.mark.parametrize(
+    "script, flags, pieces",
+    [
+        (importlib.import_module(name), flags, pieces)
+        for name, flags, pieces in (
+            ("edp_iql", "", 4), ("edp_crr", "--sampler ddim", 3), ("edp_td3", "", 3), ("edis_sac", "", 4),
+            ("edp_crr", "--sampler ddpm", 1), ("edp_td3", "--no-action-approximation --sampler ddpm", 1),
+        )
+    ],
+)  # fmt: skip
+def test_compiled_update_agrees_with_eager(run, script, flags, pieces, capsys):
     """Metrics and weights of compiled and eager runs, to float32 rounding; and that one is compiled in few pieces."""
     from torch._dynamo.utils import counters
 
-    # The compiler's trial, what lies before and between optimisers' steps, the targets' move
-    pieces = {"edp_iql": 4, "edp_crr": 3, "edp_td3": 3, "edis_sac": 4}[script.__name__]
     longer = () if script.__name__ == "edis_sac" else ("--num-updates", "50", "--eval-every", "50")
     logs, states = [], []
     for mode in ("off", "on"):
+        torch._dynamo.reset()
         counters.clear()
-        folder = script.Path(run("--compile", mode, *longer)["run_dir"])
+        folder = script.Path(run("--compile", mode, *longer, *flags.split())["run_dir"])
         assert counters["stats"]["unique_graphs"] == (pieces if mode == "on" else 0)
         logs.append(rows_of(folder / "metrics.jsonl"))
         states.append(torch.load(folder / "checkpoint.pt", weights_only=True))
