@@ -690,7 +690,7 @@ class Captured:
 
 
 def accelerate(args: Args, update: Callable, networks: Iterable[nn.Module], device: torch.device) -> Callable:
-    """The update compiled; on cuda as one CUDA graph, the networks for sampling too; where nothing compiles, eager.
+    """The update compiled, where a compiler works; on cuda in one CUDA graph, and networks compiled for sampling too.
 
     auto: on a CPU the run must have enough updates to earn the compiling back.
     """
@@ -706,7 +706,7 @@ def accelerate(args: Args, update: Callable, networks: Iterable[nn.Module], devi
         for network in networks if cuda else ():
             network.compile()
         update = torch.compile(update)
-        say("compiles its update, for up to a minute")
+        say("--compile: the first update takes up to a minute")
     except Exception as error:  # every backend has its own kind
         print(f"warning: --compile: {(str(error) or repr(error)).splitlines()[0]}; goes on without", file=sys.stderr)
     return Captured(update) if cuda else update

@@ -90,7 +90,7 @@ class Args:
     jobs: str = ""
     """only jobs whose name contains this"""
     runs_dir: Path = ROOT / "runs" / "benchmark"
-    """where runs are kept until they are complete"""
+    """where runs are made, and stay"""
 
 
 class Launcher:

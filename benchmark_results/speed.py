@@ -186,7 +186,7 @@ def measure(name: str, args: Args) -> dict[str, float]:
     if name in UPDATES:
         found = {"updates_per_second": rate(step, args.seconds, device), "floor": floor(step, args.seconds, device)}
         memory = peak(device)  # without the compiler's
-        if cuda or "100" not in flags:  # on a CPU, chains that long are not compiled
+        if cuda or "100" not in flags:  # updates with chains that long are not compiled
             accelerate()
             found["accelerated"] = rate(step, args.seconds, device)
         return found | {"peak_MiB": memory}
@@ -347,9 +347,10 @@ def tables(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"Published: {published['source']}.",
-        "Here: EDP-TD3 over Diffusion-QL, DDPM with K = 100, DPM-Solver with 15 calls and K = 1000. Over Diffusion-QL",
-        f"with DDPM and K = 5, 15, 100, EDP with DPM-Solver is {', '.join(whole)} times as fast, with the same DDPM",
-        f"{', '.join(alone)} times. DPM-Solver samples {solver / ddpm_1000:.0f} times as fast as DDPM with K = 1000.",
+        "Here, uncompiled: EDP-TD3 over Diffusion-QL, DDPM with K = 100, DPM-Solver with 15 calls and K = 1000.",
+        f"Over Diffusion-QL with DDPM and K = 5, 15, 100, EDP with DPM-Solver is {', '.join(whole)} times as fast,",
+        f"with the same DDPM {', '.join(alone)} times.",
+        f"DPM-Solver samples {solver / ddpm_1000:.0f} times as fast as DDPM with K = 1000.",
         "",
         f"{found['device']}; {found['threads']} thread of {found['cores']} cores, torch {found['torch']}, commit",
         f"{found['commit']}. On a CPU memory is the process's, interpreter and torch included.",

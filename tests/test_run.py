@@ -600,7 +600,7 @@ def test_a_signal_while_compiling(start, tmp_path, hopper_file, monkeypatch):
     """Nothing is there to save: the run ends at once, without the compiler's pages."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     process = start("edp_td3", "--compile", "on", "--env-id", "hopper-medium-v2", "--dataset-path", str(hopper_file))
-    while not process.stdout.readline().startswith("compiles"):
+    while not process.stdout.readline().startswith("--compile"):
         assert process.poll() is None
     time.sleep(3)
     process.send_signal(signal.SIGINT)
