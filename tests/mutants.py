@@ -334,6 +334,12 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
         "pass",
         "compiled_update_agrees",
     ),
+    "run: numbers compiled as variables": (
+        "edp_iql.py",
+        "torch._dynamo.config.specialize_float = True",
+        "torch._dynamo.config.specialize_float = False",
+        "compiled_as_a_constant",
+    ),
     "run: short runs compiled": ("edp_iql.py", "args.num_updates >= 10_000", "True", "what_is_compiled"),
     "run: pages where there is no compiler": (
         "edp_iql.py",

@@ -229,6 +229,21 @@ def test_what_is_compiled(script, monkeypatch, mode):
         assert update("x") == (("X", "compiled") if mode == "on" or (mode == "auto" and longer) else "X")
 
 
+def test_each_number_is_compiled_as_a_constant(script):
+    """As EDIS's coefficients of CQL offline and online: a resume may need the second one first, and the same bits."""
+    from torch._dynamo.utils import counters
+
+    def scaled(x, alpha):
+        return alpha * x
+
+    torch._dynamo.reset()
+    counters.clear()
+    for alpha in (5.0, 1.0, 0.5):
+        args, update = parse(script, "--compile", "on"), partial(scaled, alpha=alpha)
+        assert script.accelerate(args, update, [], torch.device("cpu"))(torch.ones(())) == alpha
+    assert counters["stats"]["unique_graphs"] == 1 + 3  # the trial's too
+
+
 @pytest.mark.parametrize("message, told", [("no compiler\nand pages of log", "no compiler"), ("", "RuntimeError('')")])
 def test_compiling_that_fails_is_one_line(run, script, monkeypatch, capsys, message, told):
     def fail(function):
