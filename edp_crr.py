@@ -135,7 +135,7 @@ class Args:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the update, on cuda also of sampling, in a CUDA graph; auto: cuda, or 10 000 updates on a CPU"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of float32 products, where the hardware has less: high for TF32, medium for bfloat16"""
+    """of products: high for TF32 where the device has it, medium for bfloat16 between hidden layers"""
 
 
 # ------------------------------------------------------------------------------------------------------------- PRESETS
@@ -438,6 +438,18 @@ class Mish(torch.autograd.Function):
         return grad * ctx.saved_tensors[0]
 
 
+class Linear(nn.Linear):
+    """Between hidden layers. With --matmul-precision medium products take and give bfloat16, on every device.
+
+    PyTorch's own switch does so where the hardware can for float32 tensors: of CPUs, those with AMX.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.get_float32_matmul_precision() != "medium":
+            return super().forward(x)
+        return nn.functional.linear(x.bfloat16(), self.weight.bfloat16()).float() + self.bias
+
+
 class MLP(nn.Module):
     """Mish network, initialised like the official code's (flax: LeCun normal, there truncated, zero bias)."""
 
@@ -445,7 +457,7 @@ class MLP(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList()
         for fan_in, fan_out in zip((inputs, *hidden), (*hidden, outputs), strict=True):
-            layer = nn.Linear(fan_in, fan_out)
+            layer = (Linear if 0 < len(self.layers) < len(hidden) else nn.Linear)(fan_in, fan_out)
             nn.init.normal_(layer.weight, std=fan_in**-0.5)
             nn.init.zeros_(layer.bias)
             self.layers.append(layer)

@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "bc": ["--inverse-temperature", "0", "--eval-candidates", "1"],
         "bc_q": ["--inverse-temperature", "0"],
         "iql": ["--guidance-coef", "1", "--diffusion-coef", "0"],
+        "bf16": ["--matmul-precision", "medium"],
     },
     "edp_crr": {"edp_crr": []},
     "edp_td3": {

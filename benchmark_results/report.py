@@ -8,6 +8,7 @@ by seed, and the distances of its synthetic transitions with and without guidanc
 """
 
 import csv
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 LABELS = {
     "edp_iql": "EDP-IQL", "edp_crr": "EDP-CRR", "edp_td3": "EDP-TD3", "bc": "behaviour cloning",
-    "bc_q": "behaviour cloning, selected by Q",
+    "bc_q": "behaviour cloning, selected by Q", "bf16": "EDP-IQL, bfloat16 products",
     "diffusion_ql": "Diffusion-QL, 5 steps", "iql": "IQL, feed-forward", "td3_bc": "TD3+BC, feed-forward",
     "edis": "EDIS", "synther": "SynthER, without energies", "offline": "real offline data instead",
     "none": "online data only", "edis_no_state": "EDIS without E1", "edis_no_policy": "EDIS without E2",
@@ -32,7 +33,7 @@ LABELS = {
     "exact_no_state": "the same at the states of all data",
 }  # fmt: skip
 COMPARED = ("edis", "synther", "offline", "none")  # in one figure; EDIS and all that is not listed in another
-SHADES = (0, 2, 4, 6, 12, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
+SHADES = (0, 2, 4, 6, 12, 1, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
 COLOURS = dict(zip(LABELS, map(plt.get_cmap("tab20"), SHADES), strict=True))
 DISTANCES = {  # and the energy that aims at it
     "state": ("states to the recent ones", "state"), "policy": ("actions to the policy's", "policy"),
@@ -94,11 +95,13 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
     return ordered[..., cut : values.shape[-1] - cut].mean(-1)
 
 
-def over_seeds(rows: list[tuple[Any, ...]]) -> str:
+def over_seeds(rows: list[tuple[Any, ...]], decimals: int = 0) -> str:
     """Cells: means over seeds, from two on with their standard deviation."""
     values = np.array(rows)
-    spread = [f" ± {value:.0f}" for value in values.std(0, ddof=1)] if len(rows) > 1 else [""] * values.shape[1]
-    return " | ".join(f"{value:.0f}{sd}" for value, sd in zip(values.mean(0), spread, strict=True))
+    cells = [f"{value:.{decimals}f}" for value in values.mean(0)]
+    if len(rows) > 1:
+        cells = [f"{cell} ± {value:.{decimals}f}" for cell, value in zip(cells, values.std(0, ddof=1), strict=True)]
+    return " | ".join(cells)
 
 
 def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str]:
@@ -121,6 +124,24 @@ def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str
             middle = f"{interquartile_mean(last.ravel()):.0f}" + f" [{low:.0f}, {high:.0f}]" * (len(jobs) > 1)
             means = over_seeds([(job.online[-1], np.mean(job.online[-10:]), max(job.online)) for job in jobs])
             lines.append(f"| {name} | {seeds} | {jobs[0].steps[-1]} | {means} | {middle} |")
+    return lines
+
+
+def precision_table(runs: Runs) -> list[str]:
+    """EDP-IQL with float32 and with bfloat16 products: means of the same updates, over the seeds that both have."""
+    lines = ["| data | seeds | updates | mean of | float32 | bfloat16 |", "|" + "---|" * 6]
+    losses = ("diffusion_loss", "guidance_loss", "value_loss", "qf1_loss", "q_mean", "q_max")
+    keys = {"charts/episodic_return": "return", **{f"losses/{name}": f"`losses/{name}`" for name in losses}}
+    for env_id, variants in runs.items():
+        ours, coarse = (variants.get(name, {}) for name in ("edp_iql", "bf16"))
+        pairs = [(a, b) for seed, b in coarse.items() if b and (a := ours.get(seed))]
+        half = pairs[0][1].steps[-1] // 2 if pairs else 0
+        for start, (key, name) in itertools.product((0, half) if pairs else (), keys.items()):
+            means = [
+                tuple(np.mean([r[key] for r in m if key in r and start < r["step"] <= start + half]) for m in metrics)
+                for metrics in ((a.metrics, b.metrics) for a, b in pairs)
+            ]
+            lines.append(f"| {env_id} | {len(pairs)} | {start} to {start + half} | {name} | {over_seeds(means, 3)} |")
     return lines
 
 
@@ -272,6 +293,9 @@ def main() -> None:
             print(f"report.py: error: seeds of {env_id}__{variant} differ in evaluations or episodes", file=sys.stderr)
             raise SystemExit(2)
     tables = {"D4RL": d4rl_table(d4rl)}
+    if any("bf16" in variants for variants in edp.values()):
+        tables["precision"] = precision_table(edp)
+        edp = {env_id: {v: jobs for v, jobs in variants.items() if v != "bf16"} for env_id, variants in edp.items()}
     if edp:
         tables["EDP"] = results_table(edp, statistics, "updates")
         draw(edp, statistics, "updates", HERE / "learning_curves.png")

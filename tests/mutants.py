@@ -334,6 +334,18 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
         "pass",
         "compiled_update_agrees",
     ),
+    "run: bfloat16 into and out of a network": (
+        "edp_iql.py",
+        "(Linear if 0 < len(self.layers) < len(hidden) else nn.Linear)",
+        "Linear",
+        "bfloat16",
+    ),
+    "EDIS run: bfloat16 nowhere in the denoiser": (
+        "edis_sac.py",
+        "nn.SiLU(), Linear(width, width)",
+        "nn.SiLU(), nn.Linear(width, width)",
+        "bfloat16",
+    ),
     "run: numbers compiled as variables": (
         "edp_iql.py",
         "torch._dynamo.config.specialize_float = True",

@@ -242,3 +242,32 @@ def test_the_precision_of_products_is_set(script):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_bfloat16_between_hidden_layers(script):
+    """Products of rounded factors, themselves rounded; what enters and leaves a network is not."""
+    before = torch.get_float32_matmul_precision()
+    torch.manual_seed(0)
+    nets = [(script.MLP(30, 3), 2)]
+    if script.__name__ == "edis_sac":
+        nets.append((script.Denoiser(14, 64, 3), 3))
+    for net, hidden in nets:
+        layers, rounded = [layer for layer in net.modules() if isinstance(layer, torch.nn.Linear)], []
+        for layer in layers:
+            torch.nn.init.normal_(layer.bias)
+            x, out = torch.randn(50, layer.in_features, requires_grad=True), {}
+            try:
+                for precision in ("highest", "medium"):
+                    torch.set_float32_matmul_precision(precision)
+                    y = layer(x)
+                    assert y.dtype == torch.float32
+                    out[precision] = y, *torch.autograd.grad(y.square().sum(), [x, layer.weight, layer.bias])
+            finally:
+                torch.set_float32_matmul_precision(before)
+            errors = [((a - b).norm() / a.norm()).item() for a, b in zip(*out.values(), strict=True)]
+            rounded.append(max(errors) > 1e-5)
+            if rounded[-1]:
+                product = (x.bfloat16().double() @ layer.weight.bfloat16().double().T).bfloat16().double() + layer.bias
+                assert (out["medium"][0] - product).norm() < 1e-3 * product.norm()  # halves can round either way
+                assert min(errors) > 1e-4 and max(errors) < 1e-2
+        assert rounded == [False, *[True] * hidden, False]

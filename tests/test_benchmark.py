@@ -258,6 +258,26 @@ def test_edis_tables():
     assert lines[4] == "| mini | EDIS | dynamics error, mean | 22.5000 | 22.5000 (1 of 2) | 52.5000 (2 of 2) | 2.5000 |"
 
 
+def test_precision_table():
+    """The same updates of both, of the seeds that both have."""
+    from benchmark_results.report import Job, precision_table
+
+    def job(value, end):
+        rows = [{"step": step, "losses/value_loss": value + step} for step in range(10, end + 1, 10)]
+        rows += [{"step": step, "charts/episodic_return": 100 * value} for step in (20, 40)]
+        names = ("diffusion_loss", "guidance_loss", "qf1_loss", "q_mean", "q_max")
+        return Job([20, end], [value] * 2, [], {}, [row | {f"losses/{name}": 0.0 for name in names} for row in rows])
+
+    runs = {"mini": {"edp_iql": {"0": job(1, 80), "1": job(3, 80), "2": job(9, 80)}}}
+    assert len(precision_table(runs)) == 2
+    runs["mini"]["bf16"] = {"0": job(2, 40), "1": job(4, 40), "2": None}
+    lines = precision_table(runs)
+    assert lines[2] == "| mini | 2 | 0 to 20 | return | 200.000 ± 141.421 | 300.000 ± 141.421 |"
+    assert lines[5] == "| mini | 2 | 0 to 20 | `losses/value_loss` | 17.000 ± 1.414 | 18.000 ± 1.414 |"
+    assert lines[12] == "| mini | 2 | 20 to 40 | `losses/value_loss` | 37.000 ± 1.414 | 38.000 ± 1.414 |"
+    assert len(lines) == 16
+
+
 @pytest.mark.parametrize("without", ["", "--no-state-energy", "--no-state-energy --no-policy-energy"])
 def test_exact(tmp_path, without):
     """What the energies aim at, by the diagnostics: next states to the bit, the rest but for chance.

@@ -21,7 +21,7 @@ NOT_IQL = ("edis_sac", "edp_crr", "edp_td3")
 SHARED = dict.fromkeys((
     "fail", "say", "D4RL", "LEVELS", "D4RL_IDS", "BUNDLED_IDS", "D4RL_URLS", "Columns", "Transform", "KEYS",
     "read_hdf5", "check", "download_d4rl", "load_minari", "load_task", "timeouts_by_limit", "make_transitions", "Mish",
-    "MLP", "Critic", "make_envs", "evaluate", "load_checkpoint", "describe", "Run", "set_up", "accelerate",
+    "Linear", "MLP", "Critic", "make_envs", "evaluate", "load_checkpoint", "describe", "Run", "set_up", "accelerate",
     "Captured", "make_update.step", "__main__",
     *(f"Args.{name}" for name in (
         "exp_name", "seed", "device", "log_every", "save_every", "resume", "runs_dir", "track", "wandb_project",
