@@ -444,8 +444,12 @@ class Linear(nn.Linear):
     PyTorch's own switch does so where the hardware can for float32 tensors: of CPUs, those with AMX.
     """
 
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.coarse = torch.get_float32_matmul_precision() == "medium"  # asked here: the compiler cannot
+
     def forward(self, x: Tensor) -> Tensor:
-        if torch.get_float32_matmul_precision() != "medium":
+        if not self.coarse:
             return super().forward(x)
         return nn.functional.linear(x.bfloat16(), self.weight.bfloat16()).float() + self.bias
 

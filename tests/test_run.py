@@ -219,6 +219,23 @@ def test_compiled_update_agrees_with_eager(run, script, flags, pieces, capsys):
         assert (compiled - eager).norm() < 1e-5 * eager.norm()
 
 
+@pytest.mark.parametrize("script", [importlib.import_module("edp_iql")])
+def test_bfloat16_is_compiled_as_float32_is(run, script):
+    """In as few pieces. Rounding grows from update to update: the losses of the first one are compared."""
+    from torch._dynamo.utils import counters
+
+    rows = []
+    for mode in ("off", "on"):
+        torch._dynamo.reset()
+        counters.clear()
+        found = run("--compile", mode, "--matmul-precision", "medium", "--log-every", "1")
+        rows.append(rows_of(script.Path(found["run_dir"]) / "metrics.jsonl")[0])
+    torch.set_float32_matmul_precision("highest")  # as it was
+    assert counters["stats"]["unique_graphs"] == 4
+    for name in (name for name in rows[0] if name.startswith("losses/")):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=0.02, abs=0.02)
+
+
 @pytest.mark.parametrize("mode", ["auto", "on", "off"])
 def test_what_is_compiled(script, monkeypatch, mode):
     """By default on a CPU: the update of a run that is long enough."""
