@@ -141,7 +141,8 @@ def precision_table(runs: Runs) -> list[str]:
                 tuple(np.mean([r[key] for r in m if key in r and start < r["step"] <= start + half]) for m in metrics)
                 for metrics in ((a.metrics, b.metrics) for a, b in pairs)
             ]
-            lines.append(f"| {env_id} | {len(pairs)} | {start} to {start + half} | {name} | {over_seeds(means, 3)} |")
+            cells = over_seeds(means, 0 if name == "return" else 3)
+            lines.append(f"| {env_id} | {len(pairs)} | {start} to {start + half} | {name} | {cells} |")
     return lines
 
 

@@ -272,7 +272,7 @@ def test_precision_table():
     assert len(precision_table(runs)) == 2
     runs["mini"]["bf16"] = {"0": job(2, 40), "1": job(4, 40), "2": None}
     lines = precision_table(runs)
-    assert lines[2] == "| mini | 2 | 0 to 20 | return | 200.000 ± 141.421 | 300.000 ± 141.421 |"
+    assert lines[2] == "| mini | 2 | 0 to 20 | return | 200 ± 141 | 300 ± 141 |"
     assert lines[5] == "| mini | 2 | 0 to 20 | `losses/value_loss` | 17.000 ± 1.414 | 18.000 ± 1.414 |"
     assert lines[12] == "| mini | 2 | 20 to 40 | `losses/value_loss` | 37.000 ± 1.414 | 38.000 ± 1.414 |"
     assert len(lines) == 16
