@@ -67,6 +67,7 @@ GENERATIONS = {  # bundled preset; paper's size: data, samples at a time on a CP
     "EDIS, denoiser 3 x 256, energies 3 x 128, 20 levels, 1000 at a time": ("hopper-medium-mini", 1_000),
     "EDIS, denoiser 6 x 1024, energies 3 x 256, 128 levels, 100 at a time": ("hopper-medium-v2", 100),
 }
+COARSE = ("EDP-IQL", *(f"EDP-{x}, K = 1000, DPM-Solver 15" for x in ("CRR", "TD3")), "EDIS, SAC's update", *GENERATIONS)
 
 
 @dataclass
@@ -83,6 +84,8 @@ class Args:
     """of the scripts"""
     seconds: float = 2.0
     """length of one repetition, of five"""
+    bfloat16: bool = False
+    """measure the gain of --matmul-precision medium alone, keep the rest of speed.json"""
     report: bool = False
     """write the tables of speed.json again, measure nothing"""
 
@@ -244,13 +247,28 @@ def main(args: Args) -> None:
         write_tables()
         return
 
-    def case(name: str, threads: int, seconds: float = args.seconds) -> list[str]:
+    def case(name: str, threads: int, seconds: float = args.seconds, precision: str = "") -> list[str]:
         command = [sys.executable, __file__, "--case", name, "--threads", str(threads), "--device", args.device]
-        return [*command, "--seconds", str(seconds), "--matmul-precision", args.matmul_precision]
+        return [*command, "--seconds", str(seconds), "--matmul-precision", precision or args.matmul_precision]
 
-    def run(name: str, threads: int) -> dict[str, float]:
-        done = subprocess.run(case(name, threads), check=True, stdout=subprocess.PIPE, text=True)
+    def run(name: str, threads: int, precision: str = "") -> dict[str, float]:
+        command = case(name, threads, precision=precision)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         return json.loads(done.stdout.splitlines()[-1])  # after what the script says
+
+    script = importlib.import_module(SCRIPTS[0])
+    about = script.describe(script.Args(), {}, torch.device(args.device), {})
+    about = {name: about[name] for name in ("torch", "device", "commit")}
+    coarse: dict[str, Any] = {**about, "results": {}}
+    for name in COARSE:
+        key = "guided_per_second" if name in GENERATIONS else "accelerated"
+        rates = {precision: run(name, args.threads, precision)[key] for precision in ("highest", "medium")}
+        coarse["results"][name] = rates
+        print(name, coarse["results"][name], flush=True)
+    if args.bfloat16:
+        SPEED.write_text(json.dumps({**json.loads(SPEED.read_text()), "bfloat16": coarse}, indent=1) + "\n")
+        write_tables()
+        return
 
     results = {}
     for name in [*UPDATES, *NETWORKS, *SAMPLES, *DECISIONS, *GENERATIONS]:
@@ -271,11 +289,9 @@ def main(args: Args) -> None:
                 process.kill()
         print(name, results[name], flush=True)
     starts = {name: {s: start(s, flags, args) for s in SCRIPTS} for name, flags in STARTS.items()}
-    script = importlib.import_module(SCRIPTS[0])
-    about = script.describe(script.Args(), {}, torch.device(args.device), {})
-    about = {name: about[name] for name in ("torch", "device", "commit")} | {"cores": cores}
-    about |= {"threads": args.threads, "matmul_precision": args.matmul_precision}
-    SPEED.write_text(json.dumps({**about, "results": results, "seconds_to_start": starts}, indent=1) + "\n")
+    about |= {"cores": cores, "threads": args.threads, "matmul_precision": args.matmul_precision}
+    found = {**about, "results": results, "seconds_to_start": starts, "bfloat16": coarse}
+    SPEED.write_text(json.dumps(found, indent=1) + "\n")
     write_tables()
 
 
@@ -305,6 +321,13 @@ def tables(found: dict[str, Any]) -> str:
         lines.append(f"| {name} | {r['actions_per_second']:.0f} | {r['peak_MiB']:.0f} |")
     lines += ["", "| a decision: 50 candidates, DPM-Solver 15 | ms |", "|---|---|"]
     lines += [f"| {name} | {results[name]['ms']:.1f} |" for name in DECISIONS]
+    if coarse := found.get("bfloat16"):
+        lines += ["", "| one thread, per second | float32 | `--matmul-precision medium` | gain |", "|---|---|---|---|"]
+        for name, r in coarse["results"].items():
+            what = "guided transitions" if name in GENERATIONS else "updates, accelerated"
+            one, two = r["highest"], r["medium"]
+            lines.append(f"| {name}: {what} | {one:.3g} | {two:.3g} | {two / one:.2f} |")
+        lines += ["", f"One after the other, commit {coarse['commit']}."]
     head = "| synthetic transitions | guided/s | floor | unguided/s | floor | peak memory with `--chunk` at once, MiB |"
     lines += ["", head, "|---|---|---|---|---|---|"]
     for name in GENERATIONS:
