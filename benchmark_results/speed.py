@@ -326,7 +326,7 @@ def tables(found: dict[str, Any]) -> str:
         for name, r in coarse["results"].items():
             what = "guided transitions" if name in GENERATIONS else "updates, accelerated"
             one, two = r["highest"], r["medium"]
-            lines.append(f"| {name}: {what} | {one:.3g} | {two:.3g} | {two / one:.2f} |")
+            lines.append(f"| {name}: {what} | {one:.1f} | {two:.1f} | {two / one:.2f} |")
         lines += ["", f"One after the other, commit {coarse['commit']}."]
     head = "| synthetic transitions | guided/s | floor | unguided/s | floor | peak memory with `--chunk` at once, MiB |"
     lines += ["", head, "|---|---|---|---|---|---|"]
