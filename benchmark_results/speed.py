@@ -264,7 +264,7 @@ def main(args: Args) -> None:
         key = "guided_per_second" if name in GENERATIONS else "accelerated"
         rates = {precision: run(name, args.threads, precision)[key] for precision in ("highest", "medium")}
         coarse["results"][name] = rates
-        print(name, coarse["results"][name], flush=True)
+        print(name, rates, flush=True)
     if args.bfloat16:
         SPEED.write_text(json.dumps({**json.loads(SPEED.read_text()), "bfloat16": coarse}, indent=1) + "\n")
         write_tables()
