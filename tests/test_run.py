@@ -15,6 +15,7 @@ import sys
 import time
 import typing
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import filelock
@@ -969,6 +970,23 @@ def test_command_line(start, name, tmp_path):
     for flags in (["--nonsense"], ["--seed", "x"], ["--compile", "perhaps"]):
         _, err = (process := start(name, *flags)).communicate()
         assert process.returncode == 2 and "Traceback" not in err
+
+
+def test_a_trained_policy_as_the_readme_has_it(run, script):
+    """It plays the episodes that the run's last evaluation played."""
+    result = run("--observation-transform", "per-dimension", "--seed", "1")
+    with open(Path(result["run_dir"]) / "evaluations.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["step"] == "6"]
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    if script.__name__ == "edis_sac":  # as the text above the block says
+        code = re.sub(r"diffusion = .*?\n\)\n|    policy, critic = .*?\n", "", code, flags=re.S)
+        code = re.sub(r"edp_iql\.select_actions\(.*?\)", 'networks["actor"].mode(s).detach()', code)
+        code = code.replace("shape[0], device)", "shape[0], args, device)")
+    exec(re.sub(r"runs/hopper[\w-]+", result["run_dir"], code.replace("edp_iql", script.__name__)), used := {})
+    used["generator"].manual_seed(1 + 1_000_003 * 6)
+    envs, seeds = used["envs"][: len(rows)], [int(row["seed"]) for row in rows]
+    episodes = script.evaluate(used["act"], envs, seeds, [])
+    assert [episode["return"] for episode in episodes] == pytest.approx([float(row["return"]) for row in rows])
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
