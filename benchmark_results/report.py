@@ -106,18 +106,32 @@ def over_seeds(rows: list[tuple[Any, ...]], decimals: int = 0) -> str:
     return " | ".join(cells)
 
 
+def by_data(columns: str, rows: dict[str, list[str]]) -> list[str]:
+    """A table for each data set that has rows, under its title: narrow enough for a phone."""
+    lines = []
+    for title, cells in rows.items():
+        if cells:
+            head = (f"| {columns} |", "|" + "---|" * (columns.count("|") + 1))
+            lines += [f"**{title}**", "", *head, *(f"| {row} |" for row in cells), ""]
+    return lines
+
+
 def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str]:
-    columns = f"data | mean return of the data | algorithm | seeds | {unit} | last | mean of last 10 | best"
-    lines = [f"| {columns} | IQM of last [95 %] |", "|" + "---|" * 9]
+    rows: dict[str, list[str]] = {}
     for env_id, variants in runs.items():
+        length = max((job.steps[-1] for jobs in variants.values() for job in finished(jobs)), default=0)
+        title = f"{env_id}: {length} {unit}; mean return of the data {statistics[env_id]['return_mean']:.0f}"
+        lines = rows[title] = []
         for variant, all_jobs in variants.items():
-            jobs, name = finished(all_jobs), f"{env_id} | {statistics[env_id]['return_mean']:.0f} | {LABELS[variant]}"
+            jobs, name = finished(all_jobs), LABELS[variant]
             seeds = (
                 f"{len(jobs)}, {len(all_jobs) - len(jobs)} diverged" if len(jobs) < len(all_jobs) else f"{len(jobs)}"
             )
             if not jobs:
-                lines.append(f"| {name} | {seeds} |" + " - |" * 5)
+                lines.append(f"{name} | {seeds}" + " | -" * 4)
                 continue
+            if jobs[0].steps[-1] < length:
+                name += f", {jobs[0].steps[-1]} {unit}"
             last = np.array([job.last for job in jobs])
             rng = np.random.default_rng(0)  # a row does not depend on the rows before it
             seed = rng.integers(len(jobs), size=(10_000, len(jobs), 1))
@@ -125,13 +139,13 @@ def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str
             low, high = np.percentile(interquartile_mean(picks.reshape(10_000, -1)), [2.5, 97.5])
             middle = f"{interquartile_mean(last.ravel()):.0f}" + f" [{low:.0f}, {high:.0f}]" * (len(jobs) > 1)
             means = over_seeds([(job.online[-1], np.mean(job.online[-10:]), max(job.online)) for job in jobs])
-            lines.append(f"| {name} | {seeds} | {jobs[0].steps[-1]} | {means} | {middle} |")
-    return lines
+            lines.append(f"{name} | {seeds} | {means} | {middle}")
+    return by_data("algorithm | seeds | last | mean of last 10 | best | IQM of last [95 %]", rows)
 
 
 def precision_table(runs: Runs) -> list[str]:
     """EDP-IQL with float32 and with bfloat16 products: means of the same updates, over the seeds that both have."""
-    lines = ["| data | seeds | updates | mean of | float32 | bfloat16 |", "|" + "---|" * 6]
+    rows: dict[str, list[str]] = {}
     losses = ("diffusion_loss", "guidance_loss", "value_loss", "qf1_loss", "q_mean", "q_max")
     keys = {"charts/episodic_return": "return", **{f"losses/{name}": f"`losses/{name}`" for name in losses}}
     for env_id, variants in runs.items():
@@ -144,14 +158,16 @@ def precision_table(runs: Runs) -> list[str]:
                 for metrics in ((a.metrics, b.metrics) for a, b in pairs)
             ]
             cells = over_seeds(means, 0 if name == "return" else 3)
-            lines.append(f"| {env_id} | {len(pairs)} | {start} to {start + half} | {name} | {cells} |")
-    return lines
+            title = f"{env_id}, {len(pairs)} seeds"
+            rows.setdefault(title, []).append(f"{start} to {start + half} | {name} | {cells}")
+    return by_data("updates | mean of | float32 | bfloat16", rows)
 
 
 def paired_table(runs: Runs) -> list[str]:
     """EDIS's mean of the online evaluations less that of other variants that went on from the same agents."""
-    lines = ["| data | EDIS less | seeds | mean | of each seed |", "|" + "---|" * 5]
+    rows: dict[str, list[str]] = {}
     for env_id, variants in runs.items():
+        lines = rows[env_id] = []
         means = {
             variant: {seed: np.mean(job.online) for seed, job in jobs.items() if job}
             for variant, jobs in variants.items()
@@ -162,15 +178,15 @@ def paired_table(runs: Runs) -> list[str]:
             less = [ours[seed] - theirs[seed] for seed in seeds]
             each = ", ".join(f"{value:+.0f}" for value in less)
             if less:
-                lines.append(f"| {env_id} | {LABELS[variant]} | {len(less)} | {np.mean(less):+.0f} | {each} |")
-    return lines
+                lines.append(f"{LABELS[variant]} | {len(less)} | {np.mean(less):+.0f} | {each}")
+    return by_data("EDIS less | seeds | mean | of each seed", rows)
 
 
 def training_table(runs: Runs) -> list[str]:
     """Over seeds: the online evaluations' mean; that of the training episodes that end in each third of the phase."""
-    columns = "data | algorithm | seeds | evaluations | training, first third | second | last"
-    lines = [f"| {columns} |", "|" + "---|" * 7]
+    table: dict[str, list[str]] = {}
     for env_id, variants in runs.items():
+        lines = table[env_id] = []
         for variant, jobs in ((variant, finished(jobs)) for variant, jobs in variants.items() if finished(jobs)):
             rows = []
             for job in jobs:
@@ -182,8 +198,8 @@ def training_table(runs: Runs) -> list[str]:
                 ]
                 thirds = [np.mean([r for end, r in ends if i < 3 * end / total <= i + 1]) for i in range(3)]
                 rows.append((np.mean(job.online), *thirds))
-            lines.append(f"| {env_id} | {LABELS[variant]} | {len(jobs)} | {over_seeds(rows)} |")
-    return lines
+            lines.append(f"{LABELS[variant]} | {len(jobs)} | {over_seeds(rows)}")
+    return by_data("algorithm | seeds | evaluations | training, first third | second | last", table)
 
 
 def d4rl_table(runs: Runs) -> list[str]:
@@ -207,11 +223,9 @@ def distance_table(runs: Runs) -> list[str]:
 
     Behind a mean: in how many rounds all energies made it less.
     """
-    columns = (
-        "data | algorithm | distance | all energies | none (all: less in rounds) | all but its own (the same) | real"
-    )
-    lines = [f"| {columns} |", "|" + "---|" * 7]
+    table: dict[str, list[str]] = {}
     for env_id, variants in runs.items():
+        lines = table[env_id] = []
         for variant, jobs in variants.items():
             rounds = [row for job in finished(jobs) for row in job.metrics if "guided/state" in row]
             for key, (label, energy) in DISTANCES.items() if rounds else ():
@@ -221,8 +235,10 @@ def distance_table(runs: Runs) -> list[str]:
                     less = f"{sum(x < y for x, y in pairs)} of {len(pairs)}"
                     cells.append(f"{np.mean(pairs, axis=0)[1]:.4f} ({less})" if pairs else "-")
                 cells.append(f"{np.mean([row[f'recent/{key}'] for row in rounds]):.4f}")
-                lines.append(f"| {env_id} | {LABELS[variant]} | {label} | {' | '.join(cells)} |")
-    return lines
+                lines.append(f"{LABELS[variant]} | {label} | {' | '.join(cells)}")
+    return by_data(
+        "algorithm | distance | all energies | none (all: less in rounds) | all but its own (the same) | real", table
+    )
 
 
 def draw(runs: Runs, statistics: dict[str, Any], unit: str, path: Path, window: int = 1) -> None:

@@ -238,9 +238,9 @@ def test_edis_tables():
     edis["1"] = job(20.0, (150, 3.0), (300, 7.0), (400, 10.0))
     none = {"0": job(4.0), "1": None, "2": job(90.0)}
     lines = paired_table({"mini": {"edis": edis, "none": none, "offline": {"1": job(30.0)}}})
-    assert lines[2] == "| mini | online data only | 1 | +6 | +6 |"
-    assert lines[3] == "| mini | real offline data instead | 1 | -10 | -10 |"
-    assert training_table({"mini": {"edis": edis}})[2] == "| mini | EDIS | 2 | 15 ± 7 | 2 ± 1 | 6 ± 1 | 8 ± 2 |"
+    assert lines[0] == "**mini**" and lines[4] == "| online data only | 1 | +6 | +6 |"
+    assert lines[5] == "| real offline data instead | 1 | -10 | -10 |"
+    assert training_table({"mini": {"edis": edis}})[4] == "| EDIS | 2 | 15 ± 7 | 2 ± 1 | 6 ± 1 | 8 ± 2 |"
 
     rounds = [
         {
@@ -251,11 +251,28 @@ def test_edis_tables():
         for j, unguided in enumerate((30, 10))
     ]
     lines = distance_table({"mini": {"edis": {"0": edis["0"]._replace(metrics=[{"step": 1}, *rounds])}}})
-    assert lines[2:4] == [
-        "| mini | EDIS | states to the recent ones | 20.5000 | 20.5000 (1 of 2) | - | 0.5000 |",
-        "| mini | EDIS | actions to the policy's | 21.5000 | 21.5000 (1 of 2) | - | 1.5000 |",
+    assert lines[4:6] == [
+        "| EDIS | states to the recent ones | 20.5000 | 20.5000 (1 of 2) | - | 0.5000 |",
+        "| EDIS | actions to the policy's | 21.5000 | 21.5000 (1 of 2) | - | 1.5000 |",
     ]
-    assert lines[4] == "| mini | EDIS | dynamics error, mean | 22.5000 | 22.5000 (1 of 2) | 52.5000 (2 of 2) | 2.5000 |"
+    assert lines[6] == "| EDIS | dynamics error, mean | 22.5000 | 22.5000 (1 of 2) | 52.5000 (2 of 2) | 2.5000 |"
+
+
+def test_results_table():
+    """Rows of a data set that are shorter than its others say so; what diverged is counted."""
+    from benchmark_results.report import Job, results_table
+
+    def job(value, end):
+        return Job([0, end // 2, end], [9.0, value, 2 * value], [value, 3 * value], {}, [])
+
+    variants = {"edp_iql": {"0": job(1.0, 80), "1": None}, "bc": {"0": job(2.0, 40), "1": job(4.0, 40)}}
+    lines = results_table({"mini": {**variants, "iql": {"0": None}}}, {"mini": {"return_mean": 6.4}}, "updates")
+    assert lines[0] == "**mini: 80 updates; mean return of the data 6**"
+    assert lines[4:7] == [
+        "| EDP-IQL | 1, 1 diverged | 2 | 2 | 2 | 2 |",
+        "| behaviour cloning, 40 updates | 2 | 6 ± 3 | 4 ± 2 | 6 ± 3 | 5 [2, 12] |",
+        "| IQL, feed-forward | 0, 1 diverged | - | - | - | - |",
+    ]
 
 
 def test_precision_table():
@@ -269,13 +286,13 @@ def test_precision_table():
         return Job([20, end], [value] * 2, [], {}, [row | {f"losses/{name}": 0.0 for name in names} for row in rows])
 
     runs = {"mini": {"edp_iql": {"0": job(1, 80), "1": job(3, 80), "2": job(9, 80)}}}
-    assert len(precision_table(runs)) == 2
+    assert not precision_table(runs)
     runs["mini"]["bf16"] = {"0": job(2, 40), "1": job(4, 40), "2": None}
     lines = precision_table(runs)
-    assert lines[2] == "| mini | 2 | 0 to 20 | return | 200 ± 141 | 300 ± 141 |"
-    assert lines[5] == "| mini | 2 | 0 to 20 | `losses/value_loss` | 17.000 ± 1.414 | 18.000 ± 1.414 |"
-    assert lines[12] == "| mini | 2 | 20 to 40 | `losses/value_loss` | 37.000 ± 1.414 | 38.000 ± 1.414 |"
-    assert len(lines) == 16
+    assert lines[0] == "**mini, 2 seeds**" and lines[4] == "| 0 to 20 | return | 200 ± 141 | 300 ± 141 |"
+    assert lines[7] == "| 0 to 20 | `losses/value_loss` | 17.000 ± 1.414 | 18.000 ± 1.414 |"
+    assert lines[14] == "| 20 to 40 | `losses/value_loss` | 37.000 ± 1.414 | 38.000 ± 1.414 |"
+    assert len(lines) == 19
 
 
 @pytest.mark.parametrize("without", ["", "--no-state-energy", "--no-state-energy --no-policy-energy"])
