@@ -1,6 +1,6 @@
 """Tables and figures from the raw runs: python benchmark_results/report.py
 
-Writes the README's tables and three figures, the one of speed from speed.json. Per data set and variant: means and
+Writes the README's tables and its figures, the one of speed from speed.json. Per data set and variant: means and
 standard deviations over seeds of the last evaluation, of the mean of the last ten and of the best one; the
 interquartile mean of the last evaluation's episodes over all seeds with a 95 % bootstrap interval, seeds resampled
 first, then episodes within each. For EDIS, where all is of the online phase, its difference to the other variants seed
@@ -11,6 +11,7 @@ import csv
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ LABELS = {
     "exact_no_state": "the same at the states of all data",
 }  # fmt: skip
 COMPARED = ("edis", "synther", "offline", "none")  # in one figure; EDIS and all that is not listed in another
+PARTS = ("edp_iql", "bc", "bc_q", "edp_iql_1", "weighted", "weighted_1")  # of EDP-IQL: in a figure of their own
 SHADES = (0, 2, 4, 6, 12, 1, 18, 19, 1, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
 COLOURS = dict(zip(LABELS, map(plt.get_cmap("tab20"), SHADES), strict=True))
 DISTANCES = {  # and the energy that aims at it
@@ -63,6 +65,11 @@ class Job(NamedTuple):
 
 
 Runs = dict[str, dict[str, dict[str, Job | None]]]  # by data set, variant and seed; None: diverged
+
+
+def only(runs: Runs, wanted: Callable[[str], bool]) -> Runs:
+    """The runs of some variants."""
+    return {env_id: {v: jobs for v, jobs in variants.items() if wanted(v)} for env_id, variants in runs.items()}
 
 
 def finished(jobs: dict[str, Job | None]) -> list[Job]:
@@ -243,7 +250,7 @@ def distance_table(runs: Runs) -> list[str]:
 
 def draw(runs: Runs, statistics: dict[str, Any], unit: str, path: Path, window: int = 1) -> None:
     """Means over seeds, in bands from the worst seed to the best; of the last `window` evaluations at each point."""
-    size = (5.5 * len(runs), 3.6)
+    size = (max(5.5 * len(runs), 7), 3.6)  # room for the legend
     fig, axes = plt.subplots(1, len(runs), figsize=size, squeeze=False, constrained_layout=True)
     for ax, (env_id, variants) in zip(axes[0], runs.items(), strict=True):
         mean = statistics[env_id]["return_mean"]
@@ -314,24 +321,20 @@ def main() -> None:
     tables = {"D4RL": d4rl_table(d4rl)}
     if any("bf16" in variants for variants in edp.values()):
         tables["precision"] = precision_table(edp)
-        edp = {env_id: {v: jobs for v, jobs in variants.items() if v != "bf16"} for env_id, variants in edp.items()}
+        edp = only(edp, lambda v: v != "bf16")
     if edp:
         tables["EDP"] = results_table(edp, statistics, "updates")
-        draw(edp, statistics, "updates", HERE / "learning_curves.png")
+        draw(only(edp, lambda v: v not in PARTS[2:]), statistics, "updates", HERE / "learning_curves.png")
+        if parted := {env_id: variants for env_id, variants in edp.items() if {*variants} & {*PARTS[2:]}}:
+            draw(only(parted, PARTS.__contains__), statistics, "updates", HERE / "edp_iql_parts.png")
     if edis:
         tables["EDIS"] = results_table(edis, statistics, "online steps")
         tables |= {"EDIS, paired": paired_table(edis), "EDIS, training": training_table(edis)}
         tables["distances"] = distance_table(edis)
         unit = "online steps (below 0: offline updates)"
-        compared = {
-            env_id: {v: jobs for v, jobs in variants.items() if v in COMPARED} for env_id, variants in edis.items()
-        }
-        draw(compared, statistics, unit, HERE / "edis_curves.png", window=4)
-        if ablations := {
-            env_id: {v: jobs for v, jobs in variants.items() if v not in COMPARED[1:]}
-            for env_id, variants in edis.items()
-            if variants.keys() - set(COMPARED)
-        }:
+        draw(only(edis, COMPARED.__contains__), statistics, unit, HERE / "edis_curves.png", window=4)
+        if ablated := {env_id: variants for env_id, variants in edis.items() if {*variants} - {*COMPARED}}:
+            ablations = only(ablated, lambda v: v not in COMPARED[1:])
             draw(ablations, statistics, unit, HERE / "edis_ablations.png", window=4)
     draw_speed(json.loads((HERE / "speed.json").read_text()), HERE / "speed.png")
     write(tables)

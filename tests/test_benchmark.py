@@ -153,7 +153,7 @@ def test_report_is_up_to_date(copy):
     assert report.returncode == 0, report
     assert (copy / "README.md").read_text() == before
     figures = re.findall(r"\]\((benchmark_results/\S+\.png)\)", before)
-    assert len(figures) == 4
+    assert len(figures) == 5
     for figure in figures:
         np.testing.assert_allclose(imread(copy / figure), imread(ROOT / figure), atol=0.1)
 
