@@ -36,7 +36,7 @@ LABELS = {
     "exact_no_state": "the same at the states of all data",
 }  # fmt: skip
 COMPARED = ("edis", "synther", "offline", "none")  # in one figure; EDIS and all that is not listed in another
-PARTS = ("edp_iql", "bc", "bc_q", "edp_iql_1", "weighted", "weighted_1")  # of EDP-IQL: in a figure of their own
+PARTS = ("edp_iql", "bc", "bc_q", "edp_iql_1", "weighted", "weighted_1")  # a figure; the first three in the other too
 SHADES = (0, 2, 4, 6, 12, 1, 18, 19, 1, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
 COLOURS = dict(zip(LABELS, map(plt.get_cmap("tab20"), SHADES), strict=True))
 DISTANCES = {  # and the energy that aims at it
@@ -130,7 +130,7 @@ def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str
         title = f"{env_id}: {length} {unit}; mean return of the data {statistics[env_id]['return_mean']:.0f}"
         lines = rows[title] = []
         for variant, all_jobs in variants.items():
-            jobs, name = finished(all_jobs), LABELS[variant]
+            jobs, name = finished(all_jobs), f"{LABELS[variant]} `{variant}`"
             seeds = (
                 f"{len(jobs)}, {len(all_jobs) - len(jobs)} diverged" if len(jobs) < len(all_jobs) else f"{len(jobs)}"
             )
@@ -265,7 +265,7 @@ def draw(runs: Runs, statistics: dict[str, Any], unit: str, path: Path, window: 
             ax.fill_between(steps, curves.min(0), curves.max(0), color=colour, alpha=0.15, linewidth=0)
             ax.plot(steps, curves.mean(0), color=colour, label=label)
         ax.set(title=env_id, xlabel=unit, ylabel="return")
-        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
@@ -324,7 +324,7 @@ def main() -> None:
         edp = only(edp, lambda v: v != "bf16")
     if edp:
         tables["EDP"] = results_table(edp, statistics, "updates")
-        draw(only(edp, lambda v: v not in PARTS[2:]), statistics, "updates", HERE / "learning_curves.png")
+        draw(only(edp, lambda v: v not in PARTS[3:]), statistics, "updates", HERE / "learning_curves.png")
         if parted := {env_id: variants for env_id, variants in edp.items() if {*variants} & {*PARTS[2:]}}:
             draw(only(parted, PARTS.__contains__), statistics, "updates", HERE / "edp_iql_parts.png")
     if edis:

@@ -269,9 +269,9 @@ def test_results_table():
     lines = results_table({"mini": {**variants, "iql": {"0": None}}}, {"mini": {"return_mean": 6.4}}, "updates")
     assert lines[0] == "**mini: 80 updates; mean return of the data 6**"
     assert lines[4:7] == [
-        "| EDP-IQL | 1, 1 diverged | 2 | 2 | 2 | 2 |",
-        "| behaviour cloning, 40 updates | 2 | 6 ± 3 | 4 ± 2 | 6 ± 3 | 5 [2, 12] |",
-        "| IQL, feed-forward | 0, 1 diverged | - | - | - | - |",
+        "| EDP-IQL `edp_iql` | 1, 1 diverged | 2 | 2 | 2 | 2 |",
+        "| behaviour cloning `bc`, 40 updates | 2 | 6 ± 3 | 4 ± 2 | 6 ± 3 | 5 [2, 12] |",
+        "| IQL, feed-forward `iql` | 0, 1 diverged | - | - | - | - |",
     ]
 
 
