@@ -99,6 +99,15 @@ def test_equations_are_where_the_readme_says(name):
     assert len(named) >= 5 and named - defined <= {"edp_iql", "py"}, named - defined
 
 
+def test_links_of_the_readme_lead_somewhere():
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.S)
+    titles = [title.lower() for title in re.findall(r"(?m)^#+ (.*)$", text)]
+    anchors = {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "//" not in link]
+    assert len(links) > 20
+    assert not [x for x in links if (x[1:] not in anchors if x[0] == "#" else not (ROOT / x).exists())]
+
+
 def test_the_mutants_fit():
     """Each breaks one place; whether a test sees it, `python tests/mutants.py` tells."""
     for name, (script, original, *_) in mutants.MUTANTS.items():
