@@ -258,6 +258,18 @@ def test_edis_tables():
     assert lines[6] == "| EDIS | dynamics error, mean | 22.5000 | 22.5000 (1 of 2) | 52.5000 (2 of 2) | 2.5000 |"
 
 
+def test_report_without_pairs(copy):
+    """A table that nothing fills yet is empty, the others are written."""
+    raw = copy / "benchmark_results" / "raw"
+    for folder in raw.glob("*mini__*"):
+        if "__bf16__" not in folder.name and not folder.name.endswith("__edis__0"):
+            shutil.rmtree(folder)
+    report = call(copy, "benchmark_results/report.py")
+    assert report.returncode == 0, report
+    readme = (copy / "README.md").read_text()
+    assert "report.py: precision -->\n<!-- end -->" in readme and "report.py: EDIS, paired -->\n<!-- end -->" in readme
+
+
 def test_results_table():
     """Rows of a data set that are shorter than its others say so; what diverged is counted."""
     from benchmark_results.report import Job, results_table
