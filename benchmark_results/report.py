@@ -35,6 +35,7 @@ LABELS = {
     "edis_inpainted": "EDIS, inpainted negatives", "exact": "what the energies aim at, exact",
     "exact_no_state": "the same at the states of all data",
 }  # fmt: skip
+FORWARD = ("iql", "td3_bc")  # no diffusion
 COMPARED = ("edis", "synther", "offline", "none")  # in one figure; EDIS and all that is not listed in another
 PARTS = ("edp_iql", "bc", "bc_q", "edp_iql_1", "weighted", "weighted_1")  # a figure; the first three in the other too
 SHADES = (0, 2, 4, 6, 12, 1, 18, 19, 1, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
@@ -148,6 +149,21 @@ def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str
             means = over_seeds([(job.online[-1], np.mean(job.online[-10:]), max(job.online)) for job in jobs])
             lines.append(f"{name} | {seeds} | {means} | {middle}")
     return by_data("algorithm | seeds | last | mean of last 10 | best | IQM of last [95 %]", rows)
+
+
+def seeds_table(runs: Runs) -> list[str]:
+    """Of each seed: the mean of the last ten evaluations; of diffusion policies the loss over the second half too."""
+    table: dict[str, list[str]] = {}
+    for env_id, variants in runs.items():
+        lines = table[env_id] = []
+        for variant, jobs in ((variant, finished(jobs)) for variant, jobs in variants.items() if finished(jobs)):
+            returns = ", ".join(f"{np.mean(job.online[-10:]):.0f}" for job in jobs)
+            halves = [[row for row in job.metrics if row["step"] > job.steps[-1] / 2] for job in jobs]
+            key, diffuses = "losses/diffusion_loss", variant not in FORWARD
+            losses = [[row[key] for row in half if key in row] for half in halves]
+            each = ", ".join(f"{np.mean(x):.3f}" for x in losses) if diffuses and all(losses) else "-"
+            lines.append(f"{LABELS[variant]} | {returns} | {each}")
+    return by_data("algorithm | mean of last 10 | diffusion loss, second half", table)
 
 
 def precision_table(runs: Runs) -> list[str]:
@@ -323,7 +339,7 @@ def main() -> None:
         tables["precision"] = precision_table(edp)
         edp = only(edp, lambda v: v != "bf16")
     if edp:
-        tables["EDP"] = results_table(edp, statistics, "updates")
+        tables |= {"EDP": results_table(edp, statistics, "updates"), "EDP, seeds": seeds_table(edp)}
         draw(only(edp, lambda v: v not in PARTS[3:]), statistics, "updates", HERE / "learning_curves.png")
         if parted := {env_id: variants for env_id, variants in edp.items() if {*variants} & {*PARTS[2:]}}:
             draw(only(parted, PARTS.__contains__), statistics, "updates", HERE / "edp_iql_parts.png")

@@ -275,6 +275,19 @@ def test_results_table():
     ]
 
 
+def test_seeds_table():
+    """The last ten of eleven evaluations; the loss after half of the updates."""
+    from benchmark_results.report import Job, seeds_table
+
+    rows = [{"step": 55, "losses/diffusion_loss": 9.0}, {"step": 60, "losses/diffusion_loss": 1.0}, {"step": 70}]
+    jobs = [Job(list(range(10, 111, 10)), [99.0] + [value] * 10, [], {}, [*rows, rows[1]]) for value in (3.0, 5.0)]
+    variants = {name: {"0": jobs[0], "1": None, "2": jobs[1]} for name in ("bc", "iql")}
+    assert seeds_table({"mini": variants})[4:6] == [
+        "| behaviour cloning | 3, 5 | 1.000, 1.000 |",
+        "| IQL, feed-forward | 3, 5 | - |",
+    ]
+
+
 def test_precision_table():
     """The same updates of both, of the seeds that both have."""
     from benchmark_results.report import Job, precision_table
