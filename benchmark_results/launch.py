@@ -13,6 +13,7 @@ diverged is kept too, and is told; the exit code is 1 if a job did not end well.
 
 import importlib
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -63,6 +64,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
 }
 BASELINES = {"iql": "iql", "td3_bc": "td3_bc", "exact": "exact", "exact_no_state": "exact"}  # with files of their own
 KEPT = ("args.json", "evaluations.csv", "metrics.jsonl")
+STOPPED = (130, 143)  # exit codes of a run that saved because of a signal
 
 
 @dataclass
@@ -150,7 +152,7 @@ class Launcher:
             command = [sys.executable, str(ROOT / f"{file}.py"), *flags]
             line = f"{shlex.join(command)} >> {shlex.quote(str(work / 'log.txt'))} 2>&1"
             code = self.executor.submit(subprocess.call, line, shell=True).result()
-            self.interrupted |= code == 130
+            self.interrupted |= code in STOPPED
         finally:
             self.devices.put(device)
         latest = max(work.glob("*/args.json"), key=lambda path: path.stat().st_mtime, default=work / "none")
@@ -176,7 +178,7 @@ class Launcher:
             own = BASELINES.get(name.split("__")[1])
             file = f"benchmark_results/baselines/{own}" if own else self.args.script
             code, folder = self.train(work, file, flags, folder)
-        if code == 130:
+        if code in STOPPED:
             return "FAILED: interrupted; launch again to go on"
         if code not in (0, 3):
             return f"FAILED with exit code {code}, see {work}/log.txt"
@@ -196,6 +198,8 @@ class Launcher:
 def main(args: Args) -> None:
     sys.path.insert(0, str(ROOT))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runs, which save
+    if args.executor == "local":  # what ends this process alone would leave them running: as Ctrl-C
+        signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGINT))
     jobs: dict[str, list[str]] = {}
     for seed in range(args.seeds):
         for env_id in args.env_ids or SETS[args.script]:

@@ -1,12 +1,15 @@
 """The benchmark's launcher and report, in a copy of the repository."""
 
+import contextlib
 import importlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +85,27 @@ def test_launch_begins_anew_where_arguments_changed(copy):
         file.write_text(json.dumps(about))
         done = call(copy, "benchmark_results/launch.py", *flags.split())
         assert done.returncode == 0 and f"__bc__0: {outcome}" in done.stdout, (name, done)
+
+
+def test_a_launcher_that_is_ended_lets_its_runs_save(copy):
+    """Both runs under way stop with it, the third does not begin."""
+    work, script = copy / "runs" / "benchmark", copy / "edp_iql.py"
+    script.write_text(script.read_text().replace('"log_every": 250', '"log_every": 5'))
+    flags = "edp_iql --seeds 3 --updates 100000 --compile off --jobs replay-mini__edp_iql__ --workers 2"
+    shutil.rmtree(copy / "benchmark_results" / "raw")
+    command = [sys.executable, "benchmark_results/launch.py", *flags.split()]
+    launcher = subprocess.Popen(command, cwd=copy, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    try:
+        while len(list(work.glob("*/*/metrics.jsonl"))) < 2 and launcher.poll() is None:
+            time.sleep(0.1)
+        launcher.terminate()
+        told, _ = launcher.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # there is nobody left
+            os.killpg(launcher.pid, signal.SIGKILL)
+            raise AssertionError("runs outlived their launcher")
+    assert launcher.returncode == 1 and told.count("interrupted; launch again") == 3, told
+    assert len(list(work.glob("*/*/checkpoint.pt"))) == 2 and len(list(work.glob("*/*/args.json"))) == 2
 
 
 def test_an_agent_that_diverges_online_has_no_result(copy):
