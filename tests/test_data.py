@@ -195,8 +195,9 @@ def test_unknown_id(script, capsys):
 
 def test_missing_bundled_file(script, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(script, "__file__", str(tmp_path / "copied.py"))
-    line = error_of(capsys, lambda: script.load_task(args_of(script, env_id="hopper-medium-mini")))
-    assert "copy it from" in line
+    for agent, told in (("hopper", "copy it from"), ("walker2d", "make it by datasets/collect.py")):
+        line = error_of(capsys, lambda agent=agent: script.load_task(args_of(script, env_id=f"{agent}-medium-mini")))
+        assert told in line
 
 
 def test_a_file_under_the_default_id_is_told(script, hopper_file, capsys):

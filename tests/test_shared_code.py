@@ -19,7 +19,7 @@ NOT_IQL = ("edis_sac", "edp_crr", "edp_td3")
 # Definition: the scripts that have it, all alike. `Args.x` is a field, with its type, default and help; `f.g` is a
 # function in f, listed where f is not.
 SHARED = dict.fromkeys((
-    "fail", "say", "D4RL", "LEVELS", "D4RL_IDS", "BUNDLED_IDS", "D4RL_URLS", "Columns", "Transform", "KEYS",
+    "fail", "say", "D4RL", "LEVELS", "D4RL_IDS", "MINI_IDS", "D4RL_URLS", "Columns", "Transform", "KEYS",
     "read_hdf5", "check", "download_d4rl", "load_minari", "load_task", "timeouts_by_limit", "make_transitions", "Mish",
     "Linear", "MLP", "Critic", "make_envs", "evaluate", "load_checkpoint", "describe", "Run", "set_up", "accelerate",
     "Captured", "make_update.step", "__main__",
