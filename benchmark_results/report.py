@@ -1,15 +1,16 @@
 """Tables and figures from the raw runs: python benchmark_results/report.py
 
-Writes the README's tables and its figures, the one of speed from speed.json. Per data set and variant: means and
-standard deviations over seeds of the last evaluation, of the mean of the last ten and of the best one; the
-interquartile mean of the last evaluation's episodes over all seeds with a 95 % bootstrap interval, seeds resampled
-first, then episodes within each. For EDIS, where all is of the online phase, its difference to the other variants seed
-by seed, and the distances of its synthetic transitions with and without guidance too.
+Writes the README's tables and its figures, the one of speed from speed.json, a table from candidates.json. Per data set
+and variant: means and standard deviations over seeds of the last evaluation, of the mean of the last ten and of the
+best one; the interquartile mean of the last evaluation's episodes over all seeds with a 95 % bootstrap interval, seeds
+resampled first, then episodes within each. For EDIS, where all is of the online phase, its difference to the other
+variants seed by seed, and the distances of its synthetic transitions with and without guidance too.
 """
 
 import csv
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ LABELS = {
 FORWARD = ("iql", "td3_bc")  # no diffusion
 COMPARED = ("edis", "synther", "offline", "none")  # in one figure; EDIS and all that is not listed in another
 PARTS = ("edp_iql", "bc", "bc_q", "edp_iql_1", "weighted", "weighted_1")  # a figure; the first three in the other too
+DRAWN = ("bc_q", "edp_iql", "weighted")  # policies whose candidates are compared, from no weights to full ones
 SHADES = (0, 2, 4, 6, 12, 1, 18, 19, 1, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
 COLOURS = dict(zip(LABELS, map(plt.get_cmap("tab20"), SHADES), strict=True))
 DISTANCES = {  # and the energy that aims at it
@@ -166,6 +168,20 @@ def seeds_table(runs: Runs) -> list[str]:
     return by_data("algorithm | mean of last 10 | diffusion loss, second half", table)
 
 
+def candidates_table() -> list[str]:
+    """What ten candidates offer to the selection by Q, of candidates.json: means over seeds."""
+    rows: dict[str, dict[str, list[tuple[float, ...]]]] = {}
+    for name, values in json.loads((HERE / "candidates.json").read_text())["runs"].items():
+        env_id, variant, _ = name.split("__")
+        rows.setdefault(env_id, {}).setdefault(variant, []).append(tuple(values.values()))
+    lines = {
+        env_id: [f"{LABELS[v]} | {len(variants[v])} | {over_seeds(variants[v], 2)}" for v in DRAWN if v in variants]
+        for env_id, variants in rows.items()
+    }
+    columns = "deviation | distance | Q of the data's | of the candidates: more by | of the selected: more by"
+    return by_data(f"policy | seeds | {columns}", lines)
+
+
 def precision_table(runs: Runs) -> list[str]:
     """EDP-IQL with float32 and with bfloat16 products: means of the same updates, over the seeds that both have."""
     rows: dict[str, list[str]] = {}
@@ -266,9 +282,12 @@ def distance_table(runs: Runs) -> list[str]:
 
 def draw(runs: Runs, statistics: dict[str, Any], unit: str, path: Path, window: int = 1) -> None:
     """Means over seeds, in bands from the worst seed to the best; of the last `window` evaluations at each point."""
-    size = (max(5.5 * len(runs), 7), 3.6)  # room for the legend
-    fig, axes = plt.subplots(1, len(runs), figsize=size, squeeze=False, constrained_layout=True)
-    for ax, (env_id, variants) in zip(axes[0], runs.items(), strict=True):
+    rows, columns = math.ceil(len(runs) / 2), min(len(runs), 2)  # no wider than what can be read on a page
+    size = (max(5.5 * columns, 7), 3.6 * rows)  # room for the legend
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, constrained_layout=True)
+    for ax in axes.flat[len(runs) :]:
+        ax.set_axis_off()
+    for ax, (env_id, variants) in zip(axes.flat, runs.items(), strict=False):
         mean = statistics[env_id]["return_mean"]
         ax.axhline(mean, color="grey", linestyle="--", linewidth=1, label="mean return of the data")
         for variant, jobs in ((variant, finished(jobs)) for variant, jobs in variants.items()):
@@ -340,6 +359,7 @@ def main() -> None:
         edp = only(edp, lambda v: v != "bf16")
     if edp:
         tables |= {"EDP": results_table(edp, statistics, "updates"), "EDP, seeds": seeds_table(edp)}
+        tables["candidates"] = candidates_table()
         draw(only(edp, lambda v: v not in PARTS[3:]), statistics, "updates", HERE / "learning_curves.png")
         if parted := {env_id: variants for env_id, variants in edp.items() if {*variants} & {*PARTS[2:]}}:
             draw(only(parted, PARTS.__contains__), statistics, "updates", HERE / "edp_iql_parts.png")

@@ -196,6 +196,28 @@ def test_speed_measures(case):
     assert done.returncode == 0 and all(value > 0 for value in json.loads(done.stdout.splitlines()[-1]).values()), done
 
 
+def test_candidates(tmp_path, monkeypatch):
+    """Two candidates in one state by hand; then those of a run, of which the newest that finished counts."""
+    sys.path.insert(0, str(ROOT / "benchmark_results"))
+    import candidates
+
+    q = torch.tensor([[0.0, np.log(3.0)]])  # selected with chances 1/4 and 3/4
+    found = candidates.measure(torch.tensor([[[0.0], [1.0]]]), q, torch.zeros(1, 1), torch.tensor([1.0]))
+    expected = (0.5**0.5, 0.5, 1.0, np.log(3) / 2 - 1, 0.75 * np.log(3) - 1)
+    assert list(found.values()) == pytest.approx(expected, abs=1e-4)
+
+    work = tmp_path / "runs" / "hopper-medium-replay-mini__bc_q__0"
+    for _ in range(2):
+        edp_iql.main(edp_iql.parse_args(f"--num-updates 2 --compile off --runs-dir {work}".split()))
+    (max(work.iterdir()) / "result.json").unlink()
+    monkeypatch.setattr(candidates, "HERE", tmp_path)
+    candidates.main(candidates.Args(runs_dir=work.parent, states=3))
+    (values,) = json.loads((tmp_path / "candidates.json").read_text())["runs"].values()
+    assert values.keys() == found.keys() and all(map(np.isfinite, values.values()))
+    with pytest.raises(SystemExit):
+        candidates.main(candidates.Args(runs_dir=tmp_path / "none"))
+
+
 @pytest.mark.parametrize("damage", ["unknown", "unfinished", "shorter"])
 def test_report_names_a_bad_folder(copy, damage):
     """And leaves the README as it was."""

@@ -1,0 +1,95 @@
+"""What the policies of EDP-IQL's parts offer to the selection by Q: python benchmark_results/candidates.py
+
+Takes the newest checkpoints that launch.py left in runs/benchmark of the variants below, draws ten candidates in each
+of 2000 states of the run's data, and measures how they differ from each other and from the action of the data, and what
+the run's own critics say of them. Writes candidates.json, and nothing else; then report.py for the table.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import edp_iql as edp  # noqa: E402
+
+VARIANTS = ("bc_q", "edp_iql_1", "edp_iql", "weighted")  # edp_iql_1: the policy of edp_iql of the same seed
+
+
+@dataclass
+class Args:
+    """Measure the candidates of finished runs."""
+
+    runs_dir: Path = HERE.parent / "runs" / "benchmark"
+    """where launch.py made the runs"""
+    states: int = 2_000
+    """states of the data, the same for all runs on it"""
+    candidates: int = 10
+    """actions per state"""
+
+
+def measure(x: Tensor, q: Tensor, a: Tensor, q_a: Tensor) -> dict[str, float]:
+    """Of candidates (n, N, A) with Q (n, N) and the data's actions (n, A) with Q (n,): means over the states.
+
+    deviation: of the candidates around their mean, per dimension. distance: to the data's action. gain: Q less that of
+    the data's action, of all candidates and of the one that Q selects, by exp(Q) as in evaluation.
+    """
+    gain = q - q_a[:, None]
+    values = {
+        "deviation": x.std(dim=1),
+        "distance": (x - a[:, None]).norm(dim=-1),
+        "q": q_a,
+        "gain": gain,
+        "selected_gain": (q.softmax(dim=1) * gain).sum(dim=1),
+    }
+    return {name: round(value.mean().item(), 4) for name, value in values.items()}
+
+
+@torch.no_grad()
+def measure_run(folder: Path, states: int, candidates: int) -> dict[str, float]:
+    """The candidates of a run's policy, by its own critics."""
+    saved, device = edp.load_checkpoint(str(folder)), torch.device("cpu")
+    args = edp.Args(**saved["args"])
+    columns, *_ = edp.load_task(args)
+    obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
+    transitions = torch.as_tensor(edp.make_transitions(columns, args)[0])
+    generator = torch.Generator().manual_seed(0)
+    s, a = transitions[torch.randint(len(transitions), (states,), generator=generator)].split(
+        [obs_dim, act_dim, obs_dim + 2], dim=1
+    )[:2]
+    networks = edp.make_networks(obs_dim, act_dim, device)
+    for name, network in networks.items():
+        network.load_state_dict(saved[name])
+    diffusion = edp.Diffusion(
+        args.diffusion_steps, args.sampler, args.sampler_steps, args.solver_order, device, args.beta_schedule
+    )
+    every = s.repeat_interleave(candidates, dim=0)
+    noise = torch.randn(diffusion.draws, len(every), act_dim, generator=generator)
+    x, critic = diffusion.sample(networks["policy"], every, noise).clamp(-1, 1), networks["critic"]
+    q = critic.min(every, x).view(states, candidates)
+    return measure(x.view(states, candidates, act_dim), q, a, critic.min(s, a))
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(1)
+    found: dict[str, dict[str, float]] = {}
+    for folder in sorted(args.runs_dir.glob("*__*__*")):
+        runs = sorted(folder.glob("*/result.json"), key=lambda path: path.stat().st_mtime)
+        if runs and folder.name.split("__")[1] in VARIANTS:
+            name = folder.name.replace("edp_iql_1", "edp_iql")
+            found[name] = measure_run(runs[-1].parent, args.states, args.candidates)
+            print(name, found[name])
+    if not found:
+        print(f"candidates.py: error: no finished run of {', '.join(VARIANTS)} in {args.runs_dir}", file=sys.stderr)
+        raise SystemExit(2)
+    about = {"states": args.states, "candidates": args.candidates}
+    (HERE / "candidates.json").write_text(json.dumps({**about, "runs": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
