@@ -1,8 +1,9 @@
 """What the policies of EDP-IQL's parts offer to the selection by Q: python benchmark_results/candidates.py
 
 Takes the newest checkpoints that launch.py left in runs/benchmark of the variants below, draws ten candidates in each
-of 2000 states of the run's data, and measures how they differ from each other and from the action of the data, and what
-the run's own critics say of them. Writes candidates.json, and nothing else; then report.py for the table.
+of 2000 states of the run's data, and measures how they differ from each other and from the action of the data, what the
+run's own critics say of them, and how many transitions the run's weights leave. Writes candidates.json; then report.py
+for the table.
 """
 
 import json
@@ -31,6 +32,11 @@ class Args:
     """states of the data, the same for all runs on it"""
     candidates: int = 10
     """actions per state"""
+
+
+def effective(f: Tensor) -> float:
+    """Effective sample size of weights (n,), as a share of n."""
+    return round((f.sum().square() / f.square().sum() / len(f)).item(), 4)
 
 
 def measure(x: Tensor, q: Tensor, a: Tensor, q_a: Tensor) -> dict[str, float]:
@@ -71,8 +77,9 @@ def measure_run(folder: Path, states: int, candidates: int) -> dict[str, float]:
     every = s.repeat_interleave(candidates, dim=0)
     noise = torch.randn(diffusion.draws, len(every), act_dim, generator=generator)
     x, critic = diffusion.sample(networks["policy"], every, noise).clamp(-1, 1), networks["critic"]
-    q = critic.min(every, x).view(states, candidates)
-    return measure(x.view(states, candidates, act_dim), q, a, critic.min(s, a))
+    q, q_a = critic.min(every, x).view(states, candidates), critic.min(s, a)
+    f = edp.iql_weight(q_a, networks["value"](s)[:, 0], args.inverse_temperature, args.weight_cap)
+    return {"effective": effective(f), **measure(x.view(states, candidates, act_dim), q, a, q_a)}
 
 
 def main(args: Args) -> None:

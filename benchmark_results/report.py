@@ -171,14 +171,15 @@ def seeds_table(runs: Runs) -> list[str]:
 def candidates_table() -> list[str]:
     """What ten candidates offer to the selection by Q, of candidates.json: means over seeds."""
     rows: dict[str, dict[str, list[tuple[float, ...]]]] = {}
+    keys = ("effective", "deviation", "distance", "gain", "selected_gain")
     for name, values in json.loads((HERE / "candidates.json").read_text())["runs"].items():
         env_id, variant, _ = name.split("__")
-        rows.setdefault(env_id, {}).setdefault(variant, []).append(tuple(values.values()))
+        rows.setdefault(env_id, {}).setdefault(variant, []).append(tuple(values[key] for key in keys))
     lines = {
         env_id: [f"{LABELS[v]} | {len(variants[v])} | {over_seeds(variants[v], 2)}" for v in DRAWN if v in variants]
         for env_id, variants in rows.items()
     }
-    columns = "deviation | distance | Q of the data's | of the candidates: more by | of the selected: more by"
+    columns = "effective share | deviation | distance | Q above the data's | of the selected"
     return by_data(f"policy | seeds | {columns}", lines)
 
 

@@ -213,7 +213,8 @@ def test_candidates(tmp_path, monkeypatch):
     monkeypatch.setattr(candidates, "HERE", tmp_path)
     candidates.main(candidates.Args(runs_dir=work.parent, states=3))
     (values,) = json.loads((tmp_path / "candidates.json").read_text())["runs"].values()
-    assert values.keys() == found.keys() and all(map(np.isfinite, values.values()))
+    assert candidates.effective(torch.tensor([1.0, 1.0, 1.0, 3.0])) == 0.75  # 6^2 / 12 of 4
+    assert values.keys() == {"effective", *found} and values["effective"] < 1 and all(map(np.isfinite, values.values()))
     with pytest.raises(SystemExit):
         candidates.main(candidates.Args(runs_dir=tmp_path / "none"))
 
