@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import edp_iql as edp  # noqa: E402
 
-VARIANTS = ("bc_q", "edp_iql_1", "edp_iql", "weighted")  # edp_iql_1: the policy of edp_iql of the same seed
+VARIANTS = ("bc_q", "edp_iql_1", "edp_iql", "weighted", "elbo")  # edp_iql_1: the policy of edp_iql of the same seed
 
 
 @dataclass

@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "edp_iql_1": ["--eval-candidates", "1"],
         "weighted": ["--guidance-coef", "1"],
         "weighted_1": ["--guidance-coef", "1", "--eval-candidates", "1"],
+        "elbo": ["--likelihood", "elbo", "--guidance-coef", "3"],  # the official code's strength, about
         "bf16": ["--matmul-precision", "medium", "--num-updates", "20000"],  # compared over these only
     },
     "edp_crr": {"edp_crr": []},

@@ -28,7 +28,7 @@ LABELS = {
     "edp_iql": "EDP-IQL", "edp_crr": "EDP-CRR", "edp_td3": "EDP-TD3", "bc": "behaviour cloning",
     "bc_q": "behaviour cloning, selected by Q", "edp_iql_1": "EDP-IQL, one candidate",
     "weighted": "EDP-IQL, coefficient 1", "weighted_1": "EDP-IQL, coefficient 1, one candidate",
-    "bf16": "EDP-IQL, bfloat16 products",
+    "elbo": "EDP-IQL, weighted ELBO", "bf16": "EDP-IQL, bfloat16 products",
     "diffusion_ql": "Diffusion-QL, 5 steps", "iql": "IQL, feed-forward", "td3_bc": "TD3+BC, feed-forward",
     "edis": "EDIS", "synther": "SynthER, without energies", "offline": "real offline data instead",
     "none": "online data only", "edis_no_state": "EDIS without E1", "edis_no_policy": "EDIS without E2",
@@ -38,9 +38,9 @@ LABELS = {
 }  # fmt: skip
 FORWARD = ("iql", "td3_bc")  # no diffusion
 COMPARED = ("edis", "synther", "offline", "none")  # in one figure; EDIS and all that is not listed in another
-PARTS = ("edp_iql", "bc", "bc_q", "edp_iql_1", "weighted", "weighted_1")  # a figure; the first three in the other too
-DRAWN = ("bc_q", "edp_iql", "weighted")  # policies whose candidates are compared, from no weights to full ones
-SHADES = (0, 2, 4, 6, 12, 1, 18, 19, 1, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
+PARTS = ("edp_iql", "bc", "bc_q", "edp_iql_1", "weighted", "weighted_1", "elbo")  # in a figure, three in the other too
+DRAWN = ("bc_q", "edp_iql", "weighted", "elbo")  # policies whose candidates are compared
+SHADES = (0, 2, 4, 6, 12, 1, 18, 19, 8, 1, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
 COLOURS = dict(zip(LABELS, map(plt.get_cmap("tab20"), SHADES), strict=True))
 DISTANCES = {  # and the energy that aims at it
     "state": ("states to the recent ones", "state"), "policy": ("actions to the policy's", "policy"),
