@@ -84,6 +84,9 @@ def measure_run(folder: Path, states: int, candidates: int) -> dict[str, float]:
 
 def main(args: Args) -> None:
     torch.set_num_threads(1)
+    about, file = {"states": args.states, "candidates": args.candidates}, HERE / "candidates.json"
+    before = json.loads(file.read_text()) if file.exists() else {}
+    kept: dict[str, dict[str, float]] = before.pop("runs", {})
     found: dict[str, dict[str, float]] = {}
     for folder in sorted(args.runs_dir.glob("*__*__*")):
         runs = sorted(folder.glob("*/result.json"), key=lambda path: path.stat().st_mtime)
@@ -94,8 +97,8 @@ def main(args: Args) -> None:
     if not found:
         print(f"candidates.py: error: no finished run of {', '.join(VARIANTS)} in {args.runs_dir}", file=sys.stderr)
         raise SystemExit(2)
-    about = {"states": args.states, "candidates": args.candidates}
-    (HERE / "candidates.json").write_text(json.dumps({**about, "runs": found}, indent=1) + "\n")
+    found = {**(kept if before == about else {}), **found}  # checkpoints are large: those of some runs can be gone
+    file.write_text(json.dumps({**about, "runs": dict(sorted(found.items()))}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

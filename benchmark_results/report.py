@@ -178,6 +178,7 @@ def candidates_table() -> list[str]:
     lines = {
         env_id: [f"{LABELS[v]} | {len(variants[v])} | {over_seeds(variants[v], 2)}" for v in DRAWN if v in variants]
         for env_id, variants in rows.items()
+        if len(variants) > 1  # there is something to compare
     }
     columns = "effective share | deviation | distance | Q above the data's | of the selected"
     return by_data(f"policy | seeds | {columns}", lines)
