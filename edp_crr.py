@@ -354,7 +354,7 @@ def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple
         gym_id, reference = D4RL[args.env_id.split("-")[0]]
         options = {"use_contact_forces": True} if gym_id == "Ant-v4" else {}  # D4RL's 111 dimensions
     if gym_id in gym.registry:
-        warnings.filterwarnings("ignore", message=".*out of date.*")  # Gymnasium asks for v5; D4RL's rewards are v4's
+        warnings.filterwarnings("ignore", message=".*(out of date|deprecated).*")  # v4, whose rewards are D4RL's
         make_env = partial(gym.make, gym_id, **options)
         try:
             env = make_env()
@@ -807,10 +807,6 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
 # ---------------------------------------------------------------------------------------------------------- Evaluation
 def make_envs(make_env: Callable[..., gym.Env], args: Args) -> list[gym.Env]:
     """One environment per evaluation episode; with --capture-video the first can render, else exit 2."""
-    with suppress(ImportError):  # else MuJoCo writes a MUJOCO_LOG.TXT into the working directory
-        import mujoco
-
-        mujoco.set_mju_user_warning(lambda text: warnings.warn(f"MuJoCo: {text.split(' Time')[0]}", stacklevel=2))
     try:
         envs = [make_env() for _ in range(args.eval_episodes)]
     except Exception as error:  # a dependency of the environment is missing
@@ -1141,6 +1137,10 @@ def set_up(args: Args) -> torch.device:
     if sys.platform == "linux":  # keep freed activations: glibc gives them back, and each update faults them in anew
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(option, 32 << 20)
+    with suppress(ImportError):  # else MuJoCo writes a MUJOCO_LOG.TXT into the working directory
+        import mujoco
+
+        mujoco.set_mju_user_warning(lambda text: warnings.warn(f"MuJoCo: {text.split(' Time')[0]}", stacklevel=2))
     torch.manual_seed(args.seed)
     return device
 

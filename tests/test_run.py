@@ -899,6 +899,15 @@ def test_nothing_is_written_elsewhere(run, script, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} <= {"cwd", "runs", "hopper.hdf5"}
 
 
+def test_an_old_model_is_not_complained_of(hopper_file, tmp_path):
+    """HalfCheetah-v4's, by MuJoCo: neither on stderr nor in a log of its own. The file is another robot's."""
+    flags = ["--env-id", "halfcheetah-medium-v2", "--dataset-path", str(hopper_file), "--device", "cpu"]
+    command = [sys.executable, str(ROOT / "edp_iql.py"), *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "do not fit HalfCheetah-v4" in done.stderr and done.stderr.count("\n") == 1, done
+    assert [path.name for path in tmp_path.iterdir()] == ["hopper.hdf5"]
+
+
 def test_a_failing_wandb_does_not_stop_the_run(run, script, monkeypatch, capsys):
     import wandb
 
