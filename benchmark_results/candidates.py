@@ -59,7 +59,7 @@ def measure(x: Tensor, q: Tensor, a: Tensor, q_a: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def measure_run(folder: Path, states: int, candidates: int) -> dict[str, float]:
     """The candidates of a run's policy, by its own critics."""
-    saved, device = edp.load_checkpoint(str(folder)), torch.device("cpu")
+    saved, device = edp.load_checkpoint(str(folder)), edp.set_up(edp.Args(device="cpu"))
     args = edp.Args(**saved["args"])
     columns, *_ = edp.load_task(args)
     obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
@@ -83,7 +83,6 @@ def measure_run(folder: Path, states: int, candidates: int) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
-    torch.set_num_threads(1)
     about, file = {"states": args.states, "candidates": args.candidates}, HERE / "candidates.json"
     before = json.loads(file.read_text()) if file.exists() else {}
     kept: dict[str, dict[str, float]] = before.pop("runs", {})
