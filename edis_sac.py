@@ -192,9 +192,9 @@ class Args:
 # ------------------------------------------------------------------------------------------------------------- PRESETS
 # Command line > preset > default. The defaults, for D4RL's ids, are the published code's sizes but for what the table
 # above names; its scales belong to other energies.
-# Bundled sets: ours, for half an hour on a CPU. CQL: in so few updates Q stays below the data's returns, where Cal-QL
-# leaves the policy's actions alone; without a penalty online Q outgrows what can be reached. At a gamma of 0.99 the
-# medium policy, which falls after some 330 steps, is worth as much as the expert. The first 1000 online transitions
+# Small sets: found on Hopper, for half an hour on a CPU. CQL: in so few updates Q stays below the data's returns, where
+# Cal-QL leaves the policy's actions alone; without a penalty online Q outgrows what can be reached. At a gamma of 0.99
+# the medium policy, which falls after some 330 steps, is worth as much as the expert. The first 1000 online transitions
 # are 1 % of the data: guided there, a denoiser that sees all alike errs more in s'. Of the noises that it trains on,
 # 1 of 250 is outside the levels' range. Episodes of one evaluation hardly differ, evaluations do: many of few episodes.
 MINI = {
@@ -409,7 +409,7 @@ def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple
         gym_id, reference = D4RL[args.env_id.split("-")[0]]
         options = {"use_contact_forces": True} if gym_id == "Ant-v4" else {}  # D4RL's 111 dimensions
     if gym_id in gym.registry:
-        warnings.filterwarnings("ignore", message=".*(out of date|deprecated).*")  # v4, whose rewards are D4RL's
+        warnings.filterwarnings("ignore", message=".*out of date|MuJoCo: .*deprecated")  # v4's rewards are D4RL's
         make_env = partial(gym.make, gym_id, **options)
         try:
             env = make_env()
@@ -1589,7 +1589,7 @@ def set_up(args: Args) -> torch.device:
     if sys.platform == "linux":  # keep freed activations: glibc gives them back, and each update faults them in anew
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(option, 32 << 20)
-    with suppress(ImportError):  # else MuJoCo writes a MUJOCO_LOG.TXT into the working directory
+    with suppress(Exception):  # else MuJoCo writes a MUJOCO_LOG.TXT into the working directory
         import mujoco
 
         mujoco.set_mju_user_warning(lambda text: warnings.warn(f"MuJoCo: {text.split(' Time')[0]}", stacklevel=2))
