@@ -1,15 +1,16 @@
 """What the policies of EDP-IQL's parts offer to the selection by Q: python benchmark_results/candidates.py
 
-Takes the newest checkpoints that launch.py left in runs/benchmark of the variants below, draws ten candidates in each
-of 2000 states of the run's data, and measures how they differ from each other and from the action of the data, what the
-run's own critics say of them, and how many transitions the run's weights leave. Writes candidates.json; then report.py
-for the table.
+Takes the checkpoints that launch.py left in runs/benchmark of the runs in raw, of the variants below, draws ten
+candidates in each of 2000 states of the run's data, and measures how they differ from each other and from the action of
+the data, what the run's own critics say of them, and how much of the data the run's weights leave. Writes
+candidates.json; then report.py for the table.
 """
 
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -57,11 +58,12 @@ def measure(x: Tensor, q: Tensor, a: Tensor, q_a: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure_run(folder: Path, states: int, candidates: int) -> dict[str, float]:
-    """The candidates of a run's policy, by its own critics."""
-    saved, device = edp.load_checkpoint(str(folder)), edp.set_up(edp.Args(device="cpu"))
-    args = edp.Args(**saved["args"])
-    columns, *_ = edp.load_task(args)
+def measure_run(saved: dict[str, Any], states: int, candidates: int) -> dict[str, float]:
+    """The candidates of a checkpoint's policy, by its own critics."""
+    device, args = edp.set_up(edp.Args(device="cpu")), edp.Args(**saved["args"])
+    columns, _, _, source = edp.load_task(args)
+    if source["sha256"] != saved["dataset"]["sha256"]:
+        raise ValueError("its data are no longer there")
     obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
     transitions = torch.as_tensor(edp.make_transitions(columns, args)[0])
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +80,8 @@ def measure_run(folder: Path, states: int, candidates: int) -> dict[str, float]:
     noise = torch.randn(diffusion.draws, len(every), act_dim, generator=generator)
     x, critic = diffusion.sample(networks["policy"], every, noise).clamp(-1, 1), networks["critic"]
     q, q_a = critic.min(every, x).view(states, candidates), critic.min(s, a)
-    f = edp.iql_weight(q_a, networks["value"](s)[:, 0], args.inverse_temperature, args.weight_cap)
+    v = networks["value"](s)[:, 0]
+    f = edp.iql_weight(networks["critic_target"].min(s, a), v, args.inverse_temperature, args.weight_cap)
     return {"effective": effective(f), **measure(x.view(states, candidates, act_dim), q, a, q_a)}
 
 
@@ -88,11 +91,19 @@ def main(args: Args) -> None:
     kept: dict[str, dict[str, float]] = before.pop("runs", {})
     found: dict[str, dict[str, float]] = {}
     for folder in sorted(args.runs_dir.glob("*__*__*")):
-        runs = sorted(folder.glob("*/result.json"), key=lambda path: path.stat().st_mtime)
+        runs = sorted(folder.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
         if runs and folder.name.split("__")[1] in VARIANTS:
-            name = folder.name.replace("edp_iql_1", "edp_iql")
-            found[name] = measure_run(runs[-1].parent, args.states, args.candidates)
-            print(name, found[name])
+            saved, raw = edp.load_checkpoint(str(runs[-1])), HERE / "raw" / folder.name
+            try:
+                result, made = (json.loads((raw / f"{name}.json").read_text()) for name in ("result", "args"))
+                if (saved["progress"]["step"], saved["dataset"]["sha256"]) != (
+                    result["updates"], made["dataset"]["sha256"],
+                ):  # fmt: skip
+                    raise ValueError("not the run in raw")
+                found[folder.name] = measure_run(saved, args.states, args.candidates)
+                print(folder.name, found[folder.name])
+            except (OSError, ValueError) as error:
+                print(f"{folder.name}: left out: {error}", file=sys.stderr)
     if not found:
         print(f"candidates.py: error: no finished run of {', '.join(VARIANTS)} in {args.runs_dir}", file=sys.stderr)
         raise SystemExit(2)

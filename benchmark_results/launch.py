@@ -11,10 +11,10 @@ A job is done when its raw files hold a finished run of the arguments that the s
 diverged is kept too, and is told; the exit code is 1 if a job did not end well.
 """
 
+import hashlib
 import importlib
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +22,7 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import Any, Literal
@@ -65,7 +66,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
 }
 BASELINES = {"iql": "iql", "td3_bc": "td3_bc", "exact": "exact", "exact_no_state": "exact"}  # with files of their own
 KEPT = ("args.json", "evaluations.csv", "metrics.jsonl")
-STOPPED = (130, 143)  # exit codes of a run that saved because of a signal
+STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a run that was stopped; the first two saved
 
 
 @dataclass
@@ -100,6 +101,19 @@ class Args:
     """where runs are made, and stay"""
 
 
+def same_data(env_id: str, dataset: dict[str, str]) -> bool:
+    """Whether a run's data are those in datasets/ now, if any: a file that collect.py made anew is another."""
+    file = ROOT / "datasets" / f"{env_id}.hdf5"
+    return not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() == dataset.get("sha256")
+
+
+def call(command: list[str], log: Path) -> int:
+    """Exit code of a run, which can be interrupted, as its launcher and submitit's processes cannot."""
+    with open(log, "a") as file:
+        listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.call(command, stdout=file, stderr=file, preexec_fn=listen)
+
+
 class Launcher:
     """Starts runs, `workers` at a time; the threads here only wait."""
 
@@ -129,8 +143,8 @@ class Launcher:
             saved = self.script.load_checkpoint(str(folder))
             offline = saved["progress"]["step"] <= saved["args"].get("offline_updates", -1)
             free = self.script.RESUMABLE | (self.script.ONLINE if offline else set())
-            if self.differs(saved["args"], flags, free):
-                tqdm.write(f"{folder}: of other arguments, left alone", file=sys.stderr)
+            if self.differs(saved["args"], flags, free) or not same_data(saved["args"]["env_id"], saved["dataset"]):
+                tqdm.write(f"{folder}: of other arguments or data, left alone", file=sys.stderr)
             else:
                 found.append(folder)
         return found
@@ -151,8 +165,7 @@ class Launcher:
                 return 130, work
             flags += ["--device", device, "--compile", self.args.compile]
             command = [sys.executable, str(ROOT / f"{file}.py"), *flags]
-            line = f"{shlex.join(command)} >> {shlex.quote(str(work / 'log.txt'))} 2>&1"
-            code = self.executor.submit(subprocess.call, line, shell=True).result()
+            code = self.executor.submit(call, command, work / "log.txt").result()
             self.interrupted |= code in STOPPED
         finally:
             self.devices.put(device)
@@ -163,11 +176,12 @@ class Launcher:
         """Whether raw files of a finished run with these arguments are there."""
         if not (raw / "result.json").exists():
             return False
-        about = json.loads((raw / "args.json").read_text())["args"]
+        about = json.loads((raw / "args.json").read_text())
         updates = json.loads((raw / "result.json").read_text())["updates"]
-        values = {name: entry["value"] for name, entry in about.items()}
+        values = {name: entry["value"] for name, entry in about["args"].items()}
         enough = updates >= self.script.parse_args(flags).num_updates
-        return enough and not self.differs(values, flags, self.script.RESUMABLE)
+        same = same_data(values["env_id"], about["dataset"])
+        return enough and same and not self.differs(values, flags, self.script.RESUMABLE)
 
     def run(self, name: str, flags: list[str], agent: Future[tuple[int, Path]] | None) -> str:
         """One job, with the pre-trained agent that it goes on with; what became of it."""
@@ -199,8 +213,6 @@ class Launcher:
 def main(args: Args) -> None:
     sys.path.insert(0, str(ROOT))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runs, which save
-    if args.executor == "local":  # what ends this process alone would leave them running: as Ctrl-C
-        signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGINT))
     jobs: dict[str, list[str]] = {}
     for seed in range(args.seeds):
         for env_id in args.env_ids or SETS[args.script]:
@@ -216,6 +228,15 @@ def main(args: Args) -> None:
         print(f"launch.py: error: no job's name contains {args.jobs!r}", file=sys.stderr)
         raise SystemExit(2)
     launcher, failed = Launcher(args), 0
+
+    def end(*_: Any) -> None:
+        """As Ctrl-C, or the runs would go on without this process; and no further one begins."""
+        launcher.interrupted = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal ends a run that saves
+        os.killpg(0, signal.SIGINT)
+
+    if args.executor == "local":
+        signal.signal(signal.SIGTERM, end)
     with ThreadPoolExecutor(2 * len(jobs)) as pool:
         agents: dict[str, Future[tuple[int, Path]]] = {}  # pre-trained, one for the variants of a data set and seed
         if args.script == "edis_sac":

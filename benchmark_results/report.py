@@ -172,8 +172,11 @@ def candidates_table() -> list[str]:
     """What ten candidates offer to the selection by Q, of candidates.json: means over seeds."""
     rows: dict[str, dict[str, list[tuple[float, ...]]]] = {}
     keys = ("effective", "deviation", "distance", "gain", "selected_gain")
-    for name, values in json.loads((HERE / "candidates.json").read_text())["runs"].items():
-        env_id, variant, _ = name.split("__")
+    found = json.loads((HERE / "candidates.json").read_text())["runs"]
+    for name, values in found.items():
+        env_id, variant, seed = name.split("__")
+        if variant == "edp_iql_1" and f"{env_id}__edp_iql__{seed}" not in found:  # trained alike
+            variant = "edp_iql"
         rows.setdefault(env_id, {}).setdefault(variant, []).append(tuple(values[key] for key in keys))
     lines = {
         env_id: [f"{LABELS[v]} | {len(variants[v])} | {over_seeds(variants[v], 2)}" for v in DRAWN if v in variants]
@@ -341,6 +344,7 @@ def main() -> None:
     edp: Runs = {}
     edis: Runs = {}
     d4rl: Runs = {}
+    trained_on: dict[str, str | None] = {}
     order = list(LABELS)
     folders = [folder.name.split("__") for folder in (HERE / "raw").glob("*__*__*")]
     if unknown := ["__".join(parts) for parts in folders if len(parts) != 3 or parts[1] not in order]:
@@ -354,6 +358,10 @@ def main() -> None:
         shapes = {(tuple(job.steps), len(job.last)) for job in finished(jobs)}
         if len(shapes) > 1:
             print(f"report.py: error: seeds of {env_id}__{variant} differ in evaluations or episodes", file=sys.stderr)
+            raise SystemExit(2)
+        about = json.loads((HERE / "raw" / "__".join((env_id, variant, seed)) / "args.json").read_text())
+        if trained_on.setdefault(env_id, sha := about["dataset"].get("sha256")) != sha:  # Minari's have none
+            print(f"report.py: error: {env_id}__{variant}__{seed}: of other data than the runs before", file=sys.stderr)
             raise SystemExit(2)
     tables = {"D4RL": d4rl_table(d4rl)}
     if any("bf16" in variants for variants in edp.values()):

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_launch(copy):
 
 
 def test_launch_begins_anew_where_arguments_changed(copy):
-    """A preset that changed is not mixed with a run from before."""
+    """A preset or data that changed are not mixed with a run from before."""
     raw, script = copy / "benchmark_results" / "raw", copy / "edp_iql.py"
     shutil.rmtree(raw)
     flags = "edp_iql --seeds 1 --updates 2 --compile off --jobs replay-mini__bc__"
@@ -85,10 +86,15 @@ def test_launch_begins_anew_where_arguments_changed(copy):
         file.write_text(json.dumps(about))
         done = call(copy, "benchmark_results/launch.py", *flags.split())
         assert done.returncode == 0 and f"__bc__0: {outcome}" in done.stdout, (name, done)
+    with h5py.File(copy / "datasets" / "hopper-medium-replay-mini.hdf5", "a") as data:
+        data["rewards"][0] += 1
+    done = call(copy, "benchmark_results/launch.py", *flags.split())
+    assert done.returncode == 0 and "__bc__0: return" in done.stdout and "or data, left alone" in done.stderr, done
 
 
-def test_a_launcher_that_is_ended_lets_its_runs_save(copy):
-    """Both runs under way stop with it, the third does not begin."""
+@pytest.mark.parametrize("awaited, send", [("metrics.jsonl", os.kill), ("metrics.jsonl", os.killpg), (None, os.kill)])
+def test_a_launcher_that_is_ended_lets_its_runs_save(copy, awaited, send):
+    """Alone or with all that it started, also before a run listens; the third run does not begin."""
     work, script = copy / "runs" / "benchmark", copy / "edp_iql.py"
     script.write_text(script.read_text().replace('"log_every": 250', '"log_every": 5'))
     flags = "edp_iql --seeds 3 --updates 100000 --compile off --jobs replay-mini__edp_iql__ --workers 2"
@@ -96,16 +102,17 @@ def test_a_launcher_that_is_ended_lets_its_runs_save(copy):
     command = [sys.executable, "benchmark_results/launch.py", *flags.split()]
     launcher = subprocess.Popen(command, cwd=copy, start_new_session=True, stdout=subprocess.PIPE, text=True)
     try:
-        while len(list(work.glob("*/*/metrics.jsonl"))) < 2 and launcher.poll() is None:
+        while len(list(work.glob(f"*/*/{awaited}" if awaited else "*/log.txt"))) < 2 and launcher.poll() is None:
             time.sleep(0.1)
-        launcher.terminate()
+        send(launcher.pid, signal.SIGTERM)
         told, _ = launcher.communicate(timeout=120)
     finally:
         with contextlib.suppress(ProcessLookupError):  # there is nobody left
             os.killpg(launcher.pid, signal.SIGKILL)
             raise AssertionError("runs outlived their launcher")
     assert launcher.returncode == 1 and told.count("interrupted; launch again") == 3, told
-    assert len(list(work.glob("*/*/checkpoint.pt"))) == 2 and len(list(work.glob("*/*/args.json"))) == 2
+    saved = 2 if awaited else 0
+    assert len(list(work.glob("*/*/checkpoint.pt"))) == saved and len(list(work.glob("*/log.txt"))) == 2
 
 
 def test_an_agent_that_diverges_online_has_no_result(copy):
@@ -197,7 +204,7 @@ def test_speed_measures(case):
 
 
 def test_candidates(tmp_path, monkeypatch):
-    """Two candidates in one state by hand; then those of a run, of which the newest that finished counts."""
+    """Two candidates in one state by hand; then those of a run, which must be the one in raw."""
     sys.path.insert(0, str(ROOT / "benchmark_results"))
     import candidates
 
@@ -206,20 +213,21 @@ def test_candidates(tmp_path, monkeypatch):
     expected = (0.5**0.5, 0.5, 1.0, np.log(3) / 2 - 1, 0.75 * np.log(3) - 1)
     assert list(found.values()) == pytest.approx(expected, abs=1e-4)
 
-    work = tmp_path / "runs" / "hopper-medium-replay-mini__bc_q__0"
-    for _ in range(2):
-        edp_iql.main(edp_iql.parse_args(f"--num-updates 2 --compile off --runs-dir {work}".split()))
-    (max(work.iterdir()) / "result.json").unlink()
+    work, raw = (tmp_path / kind / "hopper-medium-replay-mini__bc_q__0" for kind in ("runs", "raw"))
+    run = edp_iql.main(edp_iql.parse_args(f"--num-updates 2 --compile off --runs-dir {work}".split()))["run_dir"]
     monkeypatch.setattr(candidates, "HERE", tmp_path)
+    shutil.copytree(run, raw)
     candidates.main(candidates.Args(runs_dir=work.parent, states=3))
     (values,) = json.loads((tmp_path / "candidates.json").read_text())["runs"].values()
     assert candidates.effective(torch.tensor([1.0, 1.0, 1.0, 3.0])) == 0.75  # 6^2 / 12 of 4
     assert values.keys() == {"effective", *found} and values["effective"] < 1 and all(map(np.isfinite, values.values()))
+    result = raw / "result.json"
+    result.write_text(result.read_text().replace('"updates": 2', '"updates": 3'))  # the checkpoint is of another run
     with pytest.raises(SystemExit):
-        candidates.main(candidates.Args(runs_dir=tmp_path / "none"))
+        candidates.main(candidates.Args(runs_dir=work.parent))
 
 
-@pytest.mark.parametrize("damage", ["unknown", "unfinished", "shorter"])
+@pytest.mark.parametrize("damage", ["unknown", "unfinished", "shorter", "other data"])
 def test_report_names_a_bad_folder(copy, damage):
     """And leaves the README as it was."""
     before = (copy / "README.md").read_text()
@@ -229,6 +237,10 @@ def test_report_names_a_bad_folder(copy, damage):
         name = folder.rename(folder.with_name(name.replace("bc", "abc"))).name
     elif damage == "unfinished":
         (folder / "result.json").unlink()
+    elif damage == "other data":
+        text, n = re.subn(r'("sha256": )"\w+"', r'\g<1>"0"', (folder / "args.json").read_text())
+        assert n == 1
+        (folder / "args.json").write_text(text)
     else:
         rows = (folder / "evaluations.csv").read_text().splitlines(keepends=True)
         (folder / "evaluations.csv").write_text("".join(rows[:-10]))
