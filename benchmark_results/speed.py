@@ -84,8 +84,8 @@ class Args:
     """of the scripts"""
     seconds: float = 2.0
     """length of one repetition, of five"""
-    bfloat16: bool = False
-    """measure the gain of --matmul-precision medium alone, keep the rest of speed.json"""
+    only: Literal["bfloat16", "start"] | None = None
+    """measure the gain of --matmul-precision medium, or the times to start, alone; keep the rest of speed.json"""
     report: bool = False
     """write the tables of speed.json again, measure nothing"""
 
@@ -227,8 +227,9 @@ def start(script: str, flags: list[str], args: Args) -> float:
         command = [sys.executable, str(HERE.parent / f"{script}.py"), *flags]
         command += ["--runs-dir", folder, "--device", args.device] if "--help" not in flags else []
         options: dict[str, Any] = {"stdout": subprocess.PIPE, "text": True}
+        cold = {"TORCHINDUCTOR_CACHE_DIR": folder, "TMPDIR": folder}  # precompiled headers lie in the latter
         begin = time.perf_counter()
-        with subprocess.Popen(command, **options, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}) as process:
+        with subprocess.Popen(command, **options, env={**os.environ, **cold}) as process:
             assert process.stdout
             updated = any("update 1/" in line for line in process.stdout)
             seconds = time.perf_counter() - begin
@@ -259,14 +260,18 @@ def main(args: Args) -> None:
     script = importlib.import_module(SCRIPTS[0])
     about = script.describe(script.Args(), {}, torch.device(args.device), {})
     about = {name: about[name] for name in ("torch", "device", "commit")}
-    coarse: dict[str, Any] = {**about, "results": {}}
-    for name in COARSE:
+    parts: dict[str, Any] = {name: {**about, "results": {}} for name in ("bfloat16", "start")}
+    for name in COARSE if args.only != "start" else ():
         key = "guided_per_second" if name in GENERATIONS else "accelerated"
         rates = {precision: run(name, args.threads, precision)[key] for precision in ("highest", "medium")}
-        coarse["results"][name] = rates
+        parts["bfloat16"]["results"][name] = rates
         print(name, rates, flush=True)
-    if args.bfloat16:
-        SPEED.write_text(json.dumps({**json.loads(SPEED.read_text()), "bfloat16": coarse}, indent=1) + "\n")
+    for name, flags in STARTS.items() if args.only != "bfloat16" else ():
+        parts["start"]["results"][name] = times = {s: start(s, flags, args) for s in SCRIPTS}
+        print(name, times, flush=True)
+    if args.only:
+        kept = json.loads(SPEED.read_text())
+        SPEED.write_text(json.dumps({**kept, args.only: parts[args.only]}, indent=1) + "\n")
         write_tables()
         return
 
@@ -288,16 +293,15 @@ def main(args: Args) -> None:
             for process in neighbours:
                 process.kill()
         print(name, results[name], flush=True)
-    starts = {name: {s: start(s, flags, args) for s in SCRIPTS} for name, flags in STARTS.items()}
     about |= {"cores": cores, "threads": args.threads, "matmul_precision": args.matmul_precision}
-    found = {**about, "results": results, "seconds_to_start": starts, "bfloat16": coarse}
+    found = {**about, "results": results, **parts}
     SPEED.write_text(json.dumps(found, indent=1) + "\n")
     write_tables()
 
 
 def tables(found: dict[str, Any]) -> str:
     """The README's tables of what speed.json holds."""
-    results, starts = found["results"], found["seconds_to_start"]
+    results, starts = found["results"], found["start"]
     columns = "update, batch 256 if not said | updates/s | accelerated | twice the threads | floor | share of the floor"
     lines = [f"| {columns} | peak memory, MiB |", "|---|---|---|---|---|---|---|"]
     for name in UPDATES:
@@ -335,7 +339,8 @@ def tables(found: dict[str, Any]) -> str:
         speeds = " | ".join(f"{r[f'{x}_{y}']:.0f}" for x in ("guided", "unguided") for y in ("per_second", "floor"))
         lines.append(f"| {name} | {speeds} | {r['peak_MiB']:.0f} ({r['chunk']}) |")
     lines += ["", f"| seconds | {' | '.join(f'`{s}.py`' for s in SCRIPTS)} |", "|---|---|---|---|---|"]
-    lines += [f"| {name} | {' | '.join(f'{row[s]:.1f}' for s in SCRIPTS)} |" for name, row in starts.items()]
+    lines += [f"| {name} | {' | '.join(f'{row[s]:.1f}' for s in SCRIPTS)} |" for name, row in starts["results"].items()]
+    lines += ["", f"Commit {starts['commit']}."]
 
     official = json.loads(OFFICIAL.read_text())
     lines += ["", "| one core, updates/s if not said | here | authors' code | here / theirs |", "|---|---|---|---|"]
