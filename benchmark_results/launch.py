@@ -1,6 +1,6 @@
 """Run a benchmark: runs go on where they were stopped, raw files are kept under benchmark_results/raw.
 
-python benchmark_results/launch.py edp_iql            # three seeds, two data sets; EDP-IQL and its parts, IQL
+python benchmark_results/launch.py edp_iql            # three seeds, the bundled sets; EDP-IQL and its parts, IQL
 python benchmark_results/launch.py edp_iql --jobs medium-expert   # only the jobs whose name contains this
 python benchmark_results/launch.py edis_sac           # one pre-trained agent per seed, which every variant goes on with
 python benchmark_results/launch.py edp_iql --env-ids hopper-medium-v2 walker2d-medium-v2 --updates 2000000
@@ -32,7 +32,7 @@ import tyro
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-EDP_SETS = ("hopper-medium-expert-mini", "hopper-medium-replay-mini")
+EDP_SETS = ("hopper-medium-expert-mini", "hopper-medium-mini", "hopper-medium-replay-mini")
 SETS = dict.fromkeys(("edp_iql", "edp_crr", "edp_td3"), EDP_SETS)
 SETS["edis_sac"] = ("hopper-medium-mini", "hopper-medium-replay-mini")
 FEW_STEPS = ["--sampler", "ddpm", "--beta-schedule", "vp", "--diffusion-steps", "5"]
@@ -76,7 +76,7 @@ class Args:
     script: tyro.conf.Positional[Literal["edp_iql", "edp_crr", "edp_td3", "edis_sac"]]
     """which script"""
     env_ids: list[str] = field(default_factory=list)
-    """data sets; none given: the two bundled ones of the README's tables"""
+    """data sets; none given: the bundled ones of the README's tables"""
     seeds: int = 3
     """seeds 0, 1, ..."""
     updates: int = 100_000
