@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 EDP_SETS = ("hopper-medium-expert-mini", "hopper-medium-mini", "hopper-medium-replay-mini")
-SETS = dict.fromkeys(("edp_iql", "edp_crr", "edp_td3"), EDP_SETS)
+SETS: dict[str, tuple[str, ...]] = dict.fromkeys(("edp_iql", "edp_crr", "edp_td3"), EDP_SETS)
 SETS["edis_sac"] = ("hopper-medium-mini", "hopper-medium-replay-mini")
 FEW_STEPS = ["--sampler", "ddpm", "--beta-schedule", "vp", "--diffusion-steps", "5"]
 VARIANTS: dict[str, dict[str, list[str]]] = {
