@@ -2,16 +2,20 @@
 
 Takes the checkpoints that launch.py left in runs/benchmark of the runs in raw, of the variants below, draws ten
 candidates in each of 2000 states of the run's data, and measures how they differ from each other and from the action of
-the data, what the run's own critics say of them, and how much of the data the run's weights leave. Writes
-candidates.json; then report.py for the table.
+the data, what the run's own critics say of them, and how much of the data the run's weights leave. Then plays 20
+episodes, as evaluation does with ten candidates, and compares what the critics promise for each action with the return
+that follows. Writes candidates.json; then report.py for the table.
 """
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import torch
 import tyro
 from torch import Tensor
@@ -33,6 +37,8 @@ class Args:
     """states of the data, the same for all runs on it"""
     candidates: int = 10
     """actions per state"""
+    episodes: int = 20
+    """episodes played"""
 
 
 def effective(f: Tensor) -> float:
@@ -57,15 +63,66 @@ def measure(x: Tensor, q: Tensor, a: Tensor, q_a: Tensor) -> dict[str, float]:
     return {name: round(value.mean().item(), 4) for name, value in values.items()}
 
 
+def returns_to_go(rewards: list[float], gamma: float, terminated: bool) -> list[float]:
+    """Discounted returns from each step on. Of an episode cut short: where what is missing weighs at most 1 %."""
+    g, found = 0.0, []
+    for r in reversed(rewards):
+        found.append(g := r + gamma * g)
+    found.reverse()
+    return found if terminated else [g for t, g in enumerate(found) if gamma ** (len(found) - t) <= 0.01]
+
+
+class Recorded(gym.Wrapper):  # type: ignore[type-arg]
+    """Keeps the rewards of its one episode, and how that ended."""
+
+    def reset(self, **options: Any) -> Any:
+        self.rewards: list[float] = []
+        self.terminated, self.over = False, False
+        return self.env.reset(**options)
+
+    def step(self, action: Any) -> Any:
+        obs, reward, self.terminated, truncated, info = self.env.step(action)
+        self.rewards.append(float(reward))
+        self.over = self.terminated or truncated
+        return obs, reward, self.terminated, truncated, info
+
+
+def play(
+    select: Any, critic: edp.Critic, envs: list[Recorded], transform: edp.Transform, gamma: float
+) -> dict[str, float]:
+    """Episodes of the policy, in the critics' units: means over their steps of Q of the action taken and of the
+    discounted return from there on. And the mean return, as evaluation has it.
+    """
+    promised: list[list[float]] = [[] for _ in envs]
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        s = torch.as_tensor(transform.obs(obs), dtype=torch.float32)
+        a = select(s)
+        running = [values for values, env in zip(promised, envs, strict=True) if not env.over]
+        for values, q in zip(running, critic.min(s, a).tolist(), strict=True):
+            values.append(q)
+        return a.numpy()
+
+    edp.evaluate(act, [*envs], list(range(len(envs))), [])
+    pairs: list[tuple[float, float]] = []
+    for values, env in zip(promised, envs, strict=True):
+        rewards = [transform.reward(r) for r in env.rewards]
+        pairs += zip(values, returns_to_go(rewards, gamma, env.terminated), strict=False)
+    q, g = np.mean(pairs, axis=0).tolist() if pairs else (float("nan"), float("nan"))
+    played = {"promised": q, "delivered": g, "return": float(np.mean([sum(env.rewards) for env in envs]))}
+    return {name: round(value, 4) for name, value in played.items()}
+
+
 @torch.no_grad()
-def measure_run(saved: dict[str, Any], states: int, candidates: int) -> dict[str, float]:
-    """The candidates of a checkpoint's policy, by its own critics."""
+def measure_run(saved: dict[str, Any], states: int, candidates: int, episodes: int) -> dict[str, float]:
+    """The candidates of a checkpoint's policy, by its own critics, and what becomes of the selected ones."""
     device, args = edp.set_up(edp.Args(device="cpu")), edp.Args(**saved["args"])
-    columns, _, _, source = edp.load_task(args)
-    if source["sha256"] != saved["dataset"]["sha256"]:
+    columns, make_env, _, source = edp.load_task(args)
+    if not make_env or source["sha256"] != saved["dataset"]["sha256"]:
         raise ValueError("its data are no longer there")
     obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
-    transitions = torch.as_tensor(edp.make_transitions(columns, args)[0])
+    rows, transform = edp.make_transitions(columns, args)
+    transitions = torch.as_tensor(rows)
     generator = torch.Generator().manual_seed(0)
     s, a = transitions[torch.randint(len(transitions), (states,), generator=generator)].split(
         [obs_dim, act_dim, obs_dim + 2], dim=1
@@ -82,11 +139,17 @@ def measure_run(saved: dict[str, Any], states: int, candidates: int) -> dict[str
     q, q_a = critic.min(every, x).view(states, candidates), critic.min(s, a)
     v = networks["value"](s)[:, 0]
     f = edp.iql_weight(networks["critic_target"].min(s, a), v, args.inverse_temperature, args.weight_cap)
-    return {"effective": effective(f), **measure(x.view(states, candidates, act_dim), q, a, q_a)}
+    found = {"effective": effective(f), **measure(x.view(states, candidates, act_dim), q, a, q_a)}
+    envs = [Recorded(env) for env in edp.make_envs(make_env, replace(args, eval_episodes=episodes))]
+    select = partial(
+        edp.select_actions, diffusion, networks["policy"], critic, candidates=candidates, generator=generator
+    )
+    return found | play(select, critic, envs, transform, args.gamma)
 
 
 def main(args: Args) -> None:
-    about, file = {"states": args.states, "candidates": args.candidates}, HERE / "candidates.json"
+    about = {"states": args.states, "candidates": args.candidates, "episodes": args.episodes}
+    file = HERE / "candidates.json"
     before = json.loads(file.read_text()) if file.exists() else {}
     kept: dict[str, dict[str, float]] = before.pop("runs", {})
     found: dict[str, dict[str, float]] = {}
@@ -100,7 +163,7 @@ def main(args: Args) -> None:
                     result["updates"], made["dataset"]["sha256"],
                 ):  # fmt: skip
                     raise ValueError("not the run in raw")
-                found[folder.name] = measure_run(saved, args.states, args.candidates)
+                found[folder.name] = measure_run(saved, **about)
                 print(folder.name, found[folder.name])
             except (OSError, ValueError) as error:
                 print(f"{folder.name}: left out: {error}", file=sys.stderr)

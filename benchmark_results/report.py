@@ -168,10 +168,9 @@ def seeds_table(runs: Runs) -> list[str]:
     return by_data("algorithm | mean of last 10 | diffusion loss, second half", table)
 
 
-def candidates_table() -> list[str]:
-    """What ten candidates offer to the selection by Q, of candidates.json: means over seeds."""
+def candidates_table(keys: dict[str, str], decimals: int) -> list[str]:
+    """What ten candidates offer to the selection by Q, or what it returns, of candidates.json: means over seeds."""
     rows: dict[str, dict[str, list[tuple[float, ...]]]] = {}
-    keys = ("effective", "deviation", "distance", "gain", "selected_gain")
     found = json.loads((HERE / "candidates.json").read_text())["runs"]
     for name, values in found.items():
         env_id, variant, seed = name.split("__")
@@ -179,12 +178,13 @@ def candidates_table() -> list[str]:
             variant = "edp_iql"
         rows.setdefault(env_id, {}).setdefault(variant, []).append(tuple(values[key] for key in keys))
     lines = {
-        env_id: [f"{LABELS[v]} | {len(variants[v])} | {over_seeds(variants[v], 2)}" for v in DRAWN if v in variants]
+        env_id: [
+            f"{LABELS[v]} | {len(variants[v])} | {over_seeds(variants[v], decimals)}" for v in DRAWN if v in variants
+        ]
         for env_id, variants in rows.items()
         if len(variants) > 1  # there is something to compare
     }
-    columns = "effective share | deviation | distance | Q above the data's | of the selected"
-    return by_data(f"policy | seeds | {columns}", lines)
+    return by_data(f"policy | seeds | {' | '.join(keys.values())}", lines)
 
 
 def precision_table(runs: Runs) -> list[str]:
@@ -363,13 +363,19 @@ def main() -> None:
         if trained_on.setdefault(env_id, sha := about["dataset"].get("sha256")) != sha:  # Minari's have none
             print(f"report.py: error: {env_id}__{variant}__{seed}: of other data than the runs before", file=sys.stderr)
             raise SystemExit(2)
+    # The data on which most is compared first
+    edp, edis = (dict(sorted(runs.items(), key=lambda item: -len(item[1]))) for runs in (edp, edis))
     tables = {"D4RL": d4rl_table(d4rl)}
     if any("bf16" in variants for variants in edp.values()):
         tables["precision"] = precision_table(edp)
         edp = only(edp, lambda v: v != "bf16")
     if edp:
         tables |= {"EDP": results_table(edp, statistics, "updates"), "EDP, seeds": seeds_table(edp)}
-        tables["candidates"] = candidates_table()
+        offered = {"effective": "effective share", "deviation": "deviation", "distance": "distance"}
+        offered |= {"gain": "Q above the data's", "selected_gain": "of the selected"}
+        tables["candidates"] = candidates_table(offered, 2)
+        kept = {"promised": "promised by Q", "delivered": "delivered", "return": "undiscounted return"}
+        tables["candidates, played"] = candidates_table(kept, 0)
         draw(only(edp, lambda v: v not in PARTS[3:]), statistics, "updates", HERE / "learning_curves.png")
         if parted := {env_id: variants for env_id, variants in edp.items() if {*variants} & {*PARTS[2:]}}:
             draw(only(parted, PARTS.__contains__), statistics, "updates", HERE / "edp_iql_parts.png")

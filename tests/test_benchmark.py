@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
@@ -204,7 +205,7 @@ def test_speed_measures(case):
 
 
 def test_candidates(tmp_path, monkeypatch):
-    """Two candidates in one state by hand; then those of a run, which must be the one in raw."""
+    """Two candidates in one state by hand, and an episode; then those of a run, which must be the one in raw."""
     sys.path.insert(0, str(ROOT / "benchmark_results"))
     import candidates
 
@@ -213,14 +214,45 @@ def test_candidates(tmp_path, monkeypatch):
     expected = (0.5**0.5, 0.5, 1.0, np.log(3) / 2 - 1, 0.75 * np.log(3) - 1)
     assert list(found.values()) == pytest.approx(expected, abs=1e-4)
 
+    assert candidates.returns_to_go([1.0, 2.0, 4.0], 0.5, terminated=True) == [3.0, 4.0, 4.0]
+    assert candidates.returns_to_go([1.0, 2.0, 4.0], 1 / 16, terminated=False) == [1 + 2 / 16 + 4 / 256, 2.25]
+
+    class Walk(gym.Env):
+        """From 0 by the action, and rewarded for where it is; falls beyond 3, cut short after six steps."""
+
+        def reset(self, seed=None, options=None):
+            self.x, self.steps = np.zeros(1), 0
+            return self.x, {}
+
+        def step(self, action):
+            self.x, self.steps = self.x + action, self.steps + 1
+            return self.x, float(self.x[0]), bool(self.x[0] > 3), self.steps == 6, {}
+
+    steps = iter([[1.0, 0.5], [2.5, 0.5], [0.5], [0.5], [0.5], [0.5]])  # the first falls in its second step
+    played = candidates.play(
+        lambda s: torch.tensor(next(steps))[:, None],
+        type("Critic", (), {"min": lambda self, s, a: (10 * s + a)[:, 0]})(),
+        [candidates.Recorded(Walk()) for _ in range(2)],
+        edp_iql.Transform(reward_scale=2.0),
+        1 / 16,
+    )
+    # Q: 1, 12.5; 0.5, 5.5, 10.5, ... of which five have two steps or more to come
+    second = [2 * sum(16.0 ** (i - j) * 0.5 * (j + 1) for j in range(i, 6)) for i in range(5)]
+    expected = np.mean([1, 12.5, 0.5, 5.5, 10.5, 15.5, 20.5]), np.mean([2 + 7 / 16, 7, *second]), (4.5 + 10.5) / 2
+    assert list(played.values()) == pytest.approx(expected, abs=1e-3)
+
     work, raw = (tmp_path / kind / "hopper-medium-replay-mini__bc_q__0" for kind in ("runs", "raw"))
     run = edp_iql.main(edp_iql.parse_args(f"--num-updates 2 --compile off --runs-dir {work}".split()))["run_dir"]
     monkeypatch.setattr(candidates, "HERE", tmp_path)
     shutil.copytree(run, raw)
-    candidates.main(candidates.Args(runs_dir=work.parent, states=3))
+    candidates.main(candidates.Args(runs_dir=work.parent, states=3, episodes=2))
     (values,) = json.loads((tmp_path / "candidates.json").read_text())["runs"].values()
     assert candidates.effective(torch.tensor([1.0, 1.0, 1.0, 3.0])) == 0.75  # 6^2 / 12 of 4
-    assert values.keys() == {"effective", *found} and values["effective"] < 1 and all(map(np.isfinite, values.values()))
+    assert (
+        values.keys() == {"effective", *found, *played}
+        and values["effective"] < 1
+        and all(map(np.isfinite, values.values()))
+    )
     result = raw / "result.json"
     result.write_text(result.read_text().replace('"updates": 2', '"updates": 3'))  # the checkpoint is of another run
     with pytest.raises(SystemExit):
