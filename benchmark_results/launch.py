@@ -124,6 +124,7 @@ class Launcher:
         self.executor.update_parameters(timeout_min=60 * hours, gpus_per_node=args.gpus or None)
         self.executor.update_parameters(slurm_partition=args.slurm_partition)
         self.interrupted = False
+        self.running: set[submitit.Job[int]] = set()
         self.devices: Queue[str] = Queue()
         for i in range(args.workers):
             self.devices.put(f"cuda:{i % args.gpus}" if args.gpus and args.executor == "local" else "auto")
@@ -165,7 +166,12 @@ class Launcher:
                 return 130, work
             flags += ["--device", device, "--compile", self.args.compile]
             command = [sys.executable, str(ROOT / f"{file}.py"), *flags]
-            code = self.executor.submit(call, command, work / "log.txt").result()
+            job = self.executor.submit(call, command, work / "log.txt")
+            self.running.add(job)
+            if self.interrupted:  # in between
+                job.cancel(check=False)
+            code = job.result()
+            self.running.remove(job)
             self.interrupted |= code in STOPPED
         finally:
             self.devices.put(device)
@@ -212,7 +218,7 @@ class Launcher:
 
 def main(args: Args) -> None:
     sys.path.insert(0, str(ROOT))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runs, which save
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runs on this machine, which save
     jobs: dict[str, list[str]] = {}
     for seed in range(args.seeds):
         for env_id in args.env_ids or SETS[args.script]:
@@ -230,13 +236,18 @@ def main(args: Args) -> None:
     launcher, failed = Launcher(args), 0
 
     def end(*_: Any) -> None:
-        """As Ctrl-C, or the runs would go on without this process; and no further one begins."""
+        """Interrupt the runs, which would go on without this process, and begin no further one."""
         launcher.interrupted = True
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal ends a run that saves
-        os.killpg(0, signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second signal ends a run that saves
+            signal.signal(number, signal.SIG_IGN)
+        if args.executor == "local":
+            os.killpg(0, signal.SIGINT)
+        for job in [*launcher.running] if args.executor == "slurm" else ():
+            job.cancel(check=False)  # the cluster sends SIGTERM, on which a run saves too
 
-    if args.executor == "local":
-        signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, end)
+    if args.executor == "slurm":
+        signal.signal(signal.SIGINT, end)
     with ThreadPoolExecutor(2 * len(jobs)) as pool:
         agents: dict[str, Future[tuple[int, Path]]] = {}  # pre-trained, one for the variants of a data set and seed
         if args.script == "edis_sac":

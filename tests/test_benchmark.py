@@ -136,33 +136,63 @@ def test_an_agent_that_diverges_online_has_no_result(copy):
 CLUSTER = {
     "sbatch": """for script; do :; done
 cp "$script" "$0.script"
-SLURM_JOB_ID=7 sh "$0.script" > /dev/null 2>&1 &
+SLURM_JOB_ID=7 setsid sh "$0.script" > /dev/null 2>&1 &
+echo $! > "$0.pid"
 echo "Submitted batch job 7\"""",
     "srun": """while [ "${1#--}" != "$1" ]; do  # submitit gives a value to --output and --error
     case $1 in --output|--error) shift;; esac; shift
 done
 exec env SLURM_LOCALID=0 SLURM_PROCID=0 SLURM_NODEID=0 SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 "$@\"""",
     "sacct": """printf 'JobID|State|NodeList\\n7|COMPLETED|node\\n'""",
+    "scancel": """kill -TERM -$(cat "$(dirname "$0")/sbatch.pid")""",
 }
 
 
-def test_launch_on_a_cluster(copy, monkeypatch):
-    """With stand-ins for SLURM's commands: a job asks for what was asked for, and its run comes back."""
-    raw, commands = copy / "benchmark_results" / "raw", copy / "bin"
-    shutil.rmtree(raw)
+@pytest.fixture
+def cluster(copy, monkeypatch):
+    """Stand-ins for SLURM's commands, in this folder."""
+    commands = copy / "bin"
     commands.mkdir()
     for name, text in CLUSTER.items():
         (commands / name).write_text(f"#!/bin/sh\n{text}\n")
         (commands / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    return commands
+
+
+def test_launch_on_a_cluster(copy, cluster):
+    """A job asks for what was asked for, and its run comes back."""
+    raw = copy / "benchmark_results" / "raw"
+    shutil.rmtree(raw)
     flags = "edp_iql --seeds 1 --updates 2 --compile off --jobs replay-mini__bc__"
-    cluster = "--executor slurm --slurm-partition long --slurm-hours 3 --gpus 1"
-    done = call(copy, "benchmark_results/launch.py", *flags.split(), *cluster.split())
+    flags += " --executor slurm --slurm-partition long --slurm-hours 3 --gpus 1"
+    done = call(copy, "benchmark_results/launch.py", *flags.split())
     assert done.returncode == 0 and "__bc__0: return" in done.stdout, done
     assert json.loads((raw / "hopper-medium-replay-mini__bc__0" / "result.json").read_text())["updates"] == 2
-    asked = (commands / "sbatch.script").read_text()
+    asked = (cluster / "sbatch.script").read_text()
     for line in ("--partition=long", "--time=180", "--gpus-per-node=1"):
         assert f"#SBATCH {line}\n" in asked, asked
+
+
+def test_interrupted_on_a_cluster(copy, cluster):
+    """Ctrl-C cancels the jobs; their runs save."""
+    work = copy / "runs" / "benchmark"
+    shutil.rmtree(copy / "benchmark_results" / "raw")
+    (cluster / "sacct").write_text((cluster / "sacct").read_text().replace("COMPLETED", "RUNNING"))
+    flags = "edp_iql --seeds 1 --compile off --jobs replay-mini__edp_iql__ --executor slurm"
+    command = [sys.executable, "benchmark_results/launch.py", *flags.split()]
+    launcher = subprocess.Popen(command, cwd=copy, start_new_session=True, stdout=subprocess.PIPE, text=True)
+    while not list(work.glob("*/*/metrics.jsonl")) and launcher.poll() is None:
+        time.sleep(0.1)
+    launcher.send_signal(signal.SIGINT)
+    try:
+        told, _ = launcher.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        os.killpg(int((cluster / "sbatch.pid").read_text()), signal.SIGKILL)
+        raise
+    assert launcher.returncode == 1 and "interrupted; launch again" in told, told
+    assert list(work.glob("*/*/checkpoint.pt"))
 
 
 def test_flags_of_the_variants():
