@@ -107,11 +107,18 @@ def same_data(env_id: str, dataset: dict[str, str]) -> bool:
     return not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() == dataset.get("sha256")
 
 
-def call(command: list[str], log: Path) -> int:
+# A run that is interrupted before it listens ends: Python can lose a KeyboardInterrupt in an import
+RUN = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); sys.argv.pop(0); "
+RUN += "runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def call(command: list[str], log: Path, stop: Path) -> int:
     """Exit code of a run, which can be interrupted, as its launcher and submitit's processes cannot."""
     with open(log, "a") as file:
+        if stop.exists():  # since this process was started
+            return 130
         listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        return subprocess.call(command, stdout=file, stderr=file, preexec_fn=listen)
+        return subprocess.call([sys.executable, "-c", RUN, *command], stdout=file, stderr=file, preexec_fn=listen)
 
 
 class Launcher:
@@ -124,6 +131,8 @@ class Launcher:
         self.executor.update_parameters(timeout_min=60 * hours, gpus_per_node=args.gpus or None)
         self.executor.update_parameters(slurm_partition=args.slurm_partition)
         self.interrupted = False
+        self.stop = args.runs_dir / "submitit" / f"{time.time_ns()}.stop"
+        self.stop.parent.mkdir(parents=True, exist_ok=True)
         self.running: set[submitit.Job[int]] = set()
         self.devices: Queue[str] = Queue()
         for i in range(args.workers):
@@ -165,13 +174,15 @@ class Launcher:
             if self.interrupted:
                 return 130, work
             flags += ["--device", device, "--compile", self.args.compile]
-            command = [sys.executable, str(ROOT / f"{file}.py"), *flags]
-            job = self.executor.submit(call, command, work / "log.txt")
+            command = [str(ROOT / f"{file}.py"), *flags]
+            job = self.executor.submit(call, command, work / "log.txt", self.stop)
             self.running.add(job)
             if self.interrupted:  # in between
                 job.cancel(check=False)
             code = job.result()
             self.running.remove(job)
+            if self.interrupted and code not in (0, 3):  # the interpreter's start can make anything of it
+                code = 130
             self.interrupted |= code in STOPPED
         finally:
             self.devices.put(device)
@@ -238,6 +249,7 @@ def main(args: Args) -> None:
     def end(*_: Any) -> None:
         """Interrupt the runs, which would go on without this process, and begin no further one."""
         launcher.interrupted = True
+        launcher.stop.touch()
         for number in (signal.SIGINT, signal.SIGTERM):  # a second signal ends a run that saves
             signal.signal(number, signal.SIG_IGN)
         if args.executor == "local":
