@@ -118,7 +118,11 @@ def call(command: list[str], log: Path, stop: Path) -> int:
         if stop.exists():  # since this process was started
             return 130
         listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        return subprocess.call([sys.executable, "-c", RUN, *command], stdout=file, stderr=file, preexec_fn=listen)
+        command = [sys.executable, "-c", RUN, *command]
+        with subprocess.Popen(command, stdout=file, stderr=file, preexec_fn=listen) as run:
+            if stop.exists():  # perhaps since before the run was there to be told
+                run.terminate()
+            return run.wait()
 
 
 class Launcher:
