@@ -734,7 +734,7 @@ def accelerate(args: Args, update: Callable, networks: Iterable[nn.Module], devi
         for network in networks if cuda else ():
             network.compile()
         update = torch.compile(update)
-        say("--compile: the first update takes up to a minute")
+        say("--compile: the first update may take minutes")
     except Exception as error:  # every backend has its own kind
         print(f"warning: --compile: {(str(error) or repr(error)).splitlines()[0]}; goes on without", file=sys.stderr)
     return Captured(update) if cuda else update
