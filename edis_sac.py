@@ -157,7 +157,7 @@ class Args:
     sigma_min: float = 0.002  # lowest noise level, in deviations of x
     sigma_max: float = 80.0  # highest noise level
     churn: float = 80.0  # S_churn, noise added while sampling
-    model_updates: int = 5_000  # updates of reward, termination and mean dynamics per round
+    model_updates: int = 5_000  # updates of reward, termination and mean dynamics per round (--batch-size)
     energy_updates: int = 2_000  # updates of the energies per round
     energy_batch: int = 256  # positives per update of the energies
     energy_width: int = 256  # width of the three hidden layers of energies and mean dynamics
@@ -244,9 +244,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def check_args(args: Args) -> None:
     """Refuse values that cannot work, naming the argument."""
-    sizes = ("batch_size", "denoiser_batch", "energy_batch", "samples", "chunk", "pool", "positive_buffer")
+    sizes = ("batch_size", "denoiser_batch", "energy_batch", "chunk", "pool")
     bounds: dict[str, Any] = dict.fromkeys(sizes, (1, 1e7)) | {"online_steps": (0, 1e8)}
-    bounds |= dict.fromkeys(("log_every", "save_every", "eval_every", "round_every", "first_round"), (1, 1e12))
+    bounds |= dict.fromkeys(("log_every", "save_every", "eval_every", "round_every"), (1, 1e12))
     counts = ("eval_episodes", "num_threads", "cql_actions", "denoiser_layers", "inpainting_repeats")
     bounds |= dict.fromkeys(counts, (1, 1e3))
     bounds |= dict.fromkeys(("denoiser_width", "energy_width", "negatives"), (1, 1e4))
@@ -256,7 +256,8 @@ def check_args(args: Args) -> None:
     free = ["cql_alpha", "cql_alpha_online", "churn", "state_scale", "policy_scale", "transition_scale"]
     bounds |= dict.fromkeys((*free, "guidance_clip"), (0, math.inf))
     bounds |= dict.fromkeys(("gamma", "tau", "synthetic_ratio", "denoiser_recent", "denoiser_ema"), (0, 1))
-    bounds |= {"sampling_steps": (2, 1e4), "samples": (2, 1e7), "seed": (0, 2**32)}
+    bounds |= {"sampling_steps": (2, 1e4), "seed": (0, 2**32)}
+    bounds |= {"samples": (2, 1e7), "positive_buffer": (2, 1e7), "first_round": (2, 1e12)}  # that distances exist
     for name, (low, high) in bounds.items():
         if not (low <= getattr(args, name) <= high) or math.isinf(getattr(args, name)):
             fail(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, got {getattr(args, name)}")
@@ -593,7 +594,7 @@ class Energies(nn.Module):
 
     E3 sees the residual of s' from its learned mean, each dimension with a precision of its own: errors of a denoiser
     that has learned the dynamics are too small for a plain network to find. T is deterministic, and log p / T without
-    bound: what is learned counts errors below a floor of 0.03 less, and beyond five times the noise no more.
+    bound: what is learned counts errors below a floor of 0.03 less, and those beyond five times the noise ever less.
     """
 
     def __init__(self, obs_dim: int, act_dim: int, width: int) -> None:
@@ -1126,7 +1127,7 @@ class Round(NamedTuple):
         upper[0] = edm.sigma_hat[0]
         edges = torch.tensor([0.1, 1.0, 10.0], device=device)  # of sigma, for the accuracies
         blocks = ("state", "policy", "behavior", "transition") if joint else ("state", "policy", "transition")
-        hits, tries = torch.zeros(len(blocks), 4, device=device), torch.full((4,), 1e-9, device=device)
+        hits, tries = torch.zeros(len(blocks), 4, device=device), torch.zeros(4, device=device)
         for update in range(args.energy_updates):
             level = torch.randint(len(edm.sigma_hat), (B,), device=device)
             low = edm.sigma[level]
@@ -1160,7 +1161,8 @@ class Round(NamedTuple):
                 hits.index_add_(1, bins, torch.stack(found).float())
                 tries.index_add_(0, bins, torch.ones_like(sigma))
         names = [f"{block}_accuracy_sigma_{end}" for block in blocks for end in (0.1, 1, 10, math.inf)]
-        return dict(zip(names, (hits / tries).flatten(), strict=True))
+        seen = (tries > 0).tolist() * len(blocks)  # the range of levels need not reach into each
+        return {name: share for name, share, any_ in zip(names, (hits / tries).flatten(), seen, strict=True) if any_}
 
     def generate(self, n: int, denoise: Callable[..., Tensor], guidance: Guidance | None) -> Tensor:
         """(n, D) synthetic transitions, normalised, in chunks that bound the memory."""
@@ -1723,7 +1725,7 @@ def main(args: Args) -> dict[str, Any]:
         n = args.batch_size if offline else round(share * args.batch_size)
         if generative and not offline and len(synthetic):
             batch = synthetic.sample(n)
-        else:  # real offline data: before the first round for all
+        else:  # real offline data, before the first round for edis and synther too
             batch = data[torch.randint(len(data), (n,), device=device)]
         if not offline:
             batch = torch.cat([batch, online.sample(args.batch_size - n)])

@@ -445,3 +445,12 @@ def test_exact(tmp_path, without):
     for name, close, far in (("policy", 0.005, 0.01), ("state", 0.02, 0.05)):
         distance = found[f"exact/{name}"]
         assert distance > far if f"--no-{name}-energy" in without else abs(distance) < close, (name, distance)
+
+
+def test_exact_without_a_simulator(tmp_path):
+    """Told before the first update, not after the offline phase."""
+    path = write_hdf5(tmp_path / "car.hdf5", make_columns(obs_dim=2, act_dim=1))
+    flags = f"--env-id MountainCarContinuous-v0 --dataset-path {path} --runs-dir {tmp_path} --offline-updates 100000000"
+    done = call(ROOT, "benchmark_results/baselines/exact.py", *flags.split())
+    assert done.returncode == 2 and "MountainCarContinuous-v0: only for a simulator" in done.stderr, done
+    assert len(done.stderr.splitlines()) == 1

@@ -289,6 +289,20 @@ def train(**flags):
     return work, denoise
 
 
+def test_accuracies_are_of_levels_that_there_are():
+    args = edis.dataclasses.replace(ARGS, pool=20, energy_updates=2)
+
+    class Policy(torch.nn.Module):
+        def forward(self, s, epsilon):
+            return 0.4 * s + 0.4 * epsilon, None
+
+    networks = {"energies": edis.Energies(1, 1, 8), "actor": Policy()}
+    work = edis.Round(args, networks, edis.EDM(4, 0.0, CPU, 0.25, 5), torch.zeros(3), torch.ones(3), None)
+    accuracies = work.train_energies(torch.randn(20, 3), GaussianDenoiser([0.0] * 3, COV))
+    blocks = ("state", "policy", "behavior", "transition")
+    assert accuracies.keys() == {f"{block}_accuracy_sigma_{end}" for block in blocks for end in (1, 10)}
+
+
 @pytest.fixture(scope="module")
 def trained():
     return train()

@@ -151,7 +151,7 @@ BRANCHES = [
     "--state-scale 0 --no-policy-energy --no-transition-energy",
     "--no-policy-energy", "--no-transition-energy", "--no-full-gradient", "--cql-alpha 0", "--cql-alpha-online 1",
     "--conditional-negatives inpainted --no-full-gradient --inpainting-repeats 2",
-    "--no-calibrate", "--churn 0", "--first-round 1 --online-steps 9", "--guidance-clip 0",
+    "--no-calibrate", "--churn 0", "--first-round 2 --online-steps 9", "--guidance-clip 0",
     "--no-action-approximation --sampler ddpm --beta-schedule vp --diffusion-steps 5", "--no-action-approximation",
 ]  # fmt: skip
 
@@ -932,7 +932,7 @@ BAD = {
     "--num-updates": 0, "--batch-size": -1, "--lr": "nan", "--gamma": 1.5, "--expectile": -0.1,
     "--diffusion-steps": 20, "--sampler-steps": 31, "--device": "nonsense", "--seed": -1, "--runs-dir": "/dev/null/x",
     "--temperature": 0, "--online-steps": -1, "--denoiser-lr": 0, "--synthetic-ratio": 2, "--sampling-steps": 1,
-    "--exp-name": "\udcff",
+    "--exp-name": "\udcff", "--first-round": 1, "--positive-buffer": 1, "--samples": 1,
     "--advantage-samples": 0, "--max-q-top-k": 11, "--eta": "inf", "--policy-target-every": 0, "--weight-cap": 0,
 }  # fmt: skip
 
