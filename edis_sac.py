@@ -206,7 +206,7 @@ MINI = {
     "eval_episodes": 5, "log_every": 250, "save_every": 5_000,
 }  # fmt: skip
 
-# What --resume lets change: nothing that alters an update by more than rounding
+# What --resume lets change: nothing that alters an update by more than rounding; another device draws other numbers
 RESUMABLE = {
     "resume", "online_steps", "device", "log_every", "save_every", "runs_dir", "track", "wandb_project", "wandb_entity",
     "wandb_group", "wandb_mode", "dataset_path", "eval_every", "eval_episodes", "capture_video", "num_threads",
@@ -1375,10 +1375,12 @@ class Run:
         before: dict[str, Any] = {}
         with suppress(OSError, ValueError):  # a resume: what the run began with stays in the file
             before = json.loads((self.dir / "args.json").read_text())
-        about["resumed_from"] = before.pop("resumed_from", [])
-        changed = {name: value for name, value in before.items() if name != "args" and value != about.get(name)}
+        about["resumed_from"], given = before.pop("resumed_from", []), before.pop("args", {})
+        changed = {name: value for name, value in before.items() if value != about.get(name)}
         if saved:
-            about["resumed_from"].append({"step": self.step, **changed})
+            was = {name: given[name]["value"] for name in given.keys() & vars(args).keys() - {"resume"}}
+            was = {name: value for name, value in sorted(was.items()) if value != getattr(args, name)}
+            about["resumed_from"].append({"step": self.step, **changed, "args": was})
         if changed:
             print(f"warning: the run began with {changed}; see {self.dir}/args.json", file=sys.stderr)
         self.replace("args.json", json.dumps(about, indent=1) + "\n")
@@ -1651,6 +1653,8 @@ def main(args: Args) -> dict[str, Any]:
     online = Buffer(args.online_steps + 1, data.shape[1], device)
     synthetic = Buffer(args.samples, data.shape[1], device)
     interaction = Interaction(make_env(), args.seed)
+    for env in (*envs, interaction.env):
+        run.exits.callback(env.close)  # which writes the last video
     state = networks | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
     state |= {"online": online, "synthetic": synthetic, "interaction": interaction}
     if saved:
@@ -1714,8 +1718,6 @@ def main(args: Args) -> dict[str, Any]:
         if run.stop:
             run.leave()
         if last:
-            for env in (*envs, interaction.env):
-                env.close()
             return run.finish()
 
         if step >= args.offline_updates:

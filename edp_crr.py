@@ -167,7 +167,7 @@ MINI = {
 }  # fmt: skip
 PRESETS |= {f"hopper-{level}-mini": {**MINI, "gamma": 0.995, "tau": 0.05} for level in ("medium", "medium-expert")}
 
-# What --resume lets change: nothing that alters an update by more than rounding
+# What --resume lets change: nothing that alters an update by more than rounding; another device draws other numbers
 RESUMABLE = {
     "resume", "num_updates", "device", "log_every", "save_every", "runs_dir", "track", "wandb_project", "wandb_entity",
     "wandb_group", "wandb_mode", "dataset_path", "eval_every", "eval_episodes", "eval_candidates", "capture_video",
@@ -204,7 +204,7 @@ def check_args(args: Args) -> None:
     bounds |= dict.fromkeys(("eval_episodes", "num_threads"), (1, 1e3)) | dict.fromkeys(("gamma", "tau"), (0, 1))
     bounds |= {"sampler_steps": (1, args.diffusion_steps if args.sampler != "ddpm" else 1e5), "lr": (1e-12, math.inf)}
     bounds |= dict.fromkeys(("max_grad_norm", "diffusion_coef"), (0, math.inf))
-    bounds |= dict.fromkeys(("weight_cap", "temperature"), (1e-12, math.inf)) | {"guidance_coef": (0, math.inf)}
+    bounds |= {"weight_cap": (1e-12, 1e30), "temperature": (1e-12, math.inf), "guidance_coef": (0, math.inf)}
     bounds |= {"policy_target_every": (1, 1e12), "policy_target_start": (0, 1e12), "advantage_samples": (1, 1e3)}
     where = {"diffusion_steps": f" with --beta-schedule {args.beta_schedule} and --sampler {args.sampler}"}
     for name, (low, high) in bounds.items():
@@ -921,10 +921,12 @@ class Run:
         before: dict[str, Any] = {}
         with suppress(OSError, ValueError):  # a resume: what the run began with stays in the file
             before = json.loads((self.dir / "args.json").read_text())
-        about["resumed_from"] = before.pop("resumed_from", [])
-        changed = {name: value for name, value in before.items() if name != "args" and value != about.get(name)}
+        about["resumed_from"], given = before.pop("resumed_from", []), before.pop("args", {})
+        changed = {name: value for name, value in before.items() if value != about.get(name)}
         if saved:
-            about["resumed_from"].append({"step": self.step, **changed})
+            was = {name: given[name]["value"] for name in given.keys() & vars(args).keys() - {"resume"}}
+            was = {name: value for name, value in sorted(was.items()) if value != getattr(args, name)}
+            about["resumed_from"].append({"step": self.step, **changed, "args": was})
         if changed:
             print(f"warning: the run began with {changed}; see {self.dir}/args.json", file=sys.stderr)
         self.replace("args.json", json.dumps(about, indent=1) + "\n")
@@ -1174,6 +1176,8 @@ def main(args: Args) -> dict[str, Any]:
             "name_prefix": f"from-update-{run.step}",
         }  # not over older ones
         envs[0] = gym.wrappers.RecordVideo(envs[0], str(run.dir / "videos"), **options)
+    for env in envs:
+        run.exits.callback(env.close)  # which writes the last video
 
     # Networks, optimisers, update
     K, sampler, steps, order = args.diffusion_steps, args.sampler, args.sampler_steps, args.solver_order
@@ -1212,8 +1216,6 @@ def main(args: Args) -> dict[str, Any]:
         if run.stop:
             run.leave()
         if last:
-            for env in envs:
-                env.close()
             return run.finish()
 
         index = torch.randint(len(data), (args.batch_size,), device=device)

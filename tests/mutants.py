@@ -257,7 +257,7 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
     ),
     "run: changes forgotten": (
         "edp_iql.py",
-        'about["resumed_from"].append({"step": self.step, **changed})',
+        'about["resumed_from"].append({"step": self.step, **changed, "args": was})',
         "pass",
         "what_changed",
     ),

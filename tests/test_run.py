@@ -880,7 +880,11 @@ def test_what_changed_on_resume_is_told_and_kept(run, script, monkeypatch, capsy
         script.main(parse(script, "--resume", first["run_dir"], "--num-updates", 5))
     about = json.loads(path.read_text())
     assert about["commit"] == "third" and "the run began with {'commit'" in capsys.readouterr().err
-    assert about["resumed_from"] == [{"step": 4, "commit": before["commit"]}, {"step": 5, "commit": "other"}]
+    fewer = {name: entry["value"] for name, entry in before["args"].items() if name in ("num_updates", "online_steps")}
+    assert about["resumed_from"] == [
+        {"step": 4, "commit": before["commit"], "args": fewer},
+        {"step": 5, "commit": "other", "args": {}},
+    ]
     assert about["args"]["batch_size"]["source"] == "checkpoint"
 
 
