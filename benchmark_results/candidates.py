@@ -156,8 +156,9 @@ def main(args: Args) -> None:
     for folder in sorted(args.runs_dir.glob("*__*__*")):
         runs = sorted(folder.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
         if runs and folder.name.split("__")[1] in VARIANTS:
-            saved, raw = edp.load_checkpoint(str(runs[-1])), HERE / "raw" / folder.name
+            raw = HERE / "raw" / folder.name
             try:
+                saved = edp.load_checkpoint(str(runs[-1]))
                 result, made = (json.loads((raw / f"{name}.json").read_text()) for name in ("result", "args"))
                 if (saved["progress"]["step"], saved["dataset"]["sha256"]) != (
                     result["updates"], made["dataset"]["sha256"],
@@ -165,8 +166,10 @@ def main(args: Args) -> None:
                     raise ValueError("not the run in raw")
                 found[folder.name] = measure_run(saved, **about)
                 print(folder.name, found[folder.name])
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, SystemExit) as error:  # the last of edp, which has told why
                 print(f"{folder.name}: left out: {error}", file=sys.stderr)
+                if isinstance(error, ValueError):  # what was measured was another run
+                    kept.pop(folder.name, None)
     if not found:
         print(f"candidates.py: error: no finished run of {', '.join(VARIANTS)} in {args.runs_dir}", file=sys.stderr)
         raise SystemExit(2)

@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     "edp_td3": {
         "edp_td3": [],
         "diffusion_ql": ["--no-action-approximation", *FEW_STEPS, "--eta", "1"],
-        "td3_bc": ["--eta", "2.5"],
+        "td3_bc": ["--eta", "2.5", "--observation-transform", "per-dimension"],
     },
     "edis_sac": {
         **{name: ["--augmentation", name] for name in ("edis", "offline", "none")},
@@ -66,6 +66,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
 }
 BASELINES = {"iql": "iql", "td3_bc": "td3_bc", "exact": "exact", "exact_no_state": "exact"}  # with files of their own
 KEPT = ("args.json", "evaluations.csv", "metrics.jsonl")
+ROW = {"eval_candidates", "eval_episodes", "eval_every", "matmul_precision"}  # may change on resume, not within a row
 STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a run that was stopped; the first two saved
 
 
@@ -156,7 +157,7 @@ class Launcher:
         for folder in sorted((path.parent for path in work.glob("*/checkpoint.pt")), key=lambda x: x.stat().st_mtime):
             saved = self.script.load_checkpoint(str(folder))
             offline = saved["progress"]["step"] <= saved["args"].get("offline_updates", -1)
-            free = self.script.RESUMABLE | (self.script.ONLINE if offline else set())
+            free = (self.script.RESUMABLE - ROW) | (self.script.ONLINE if offline else set())
             if self.differs(saved["args"], flags, free) or not same_data(saved["args"]["env_id"], saved["dataset"]):
                 tqdm.write(f"{folder}: of other arguments or data, left alone", file=sys.stderr)
             else:
@@ -202,7 +203,7 @@ class Launcher:
         values = {name: entry["value"] for name, entry in about["args"].items()}
         enough = updates >= self.script.parse_args(flags).num_updates
         same = same_data(values["env_id"], about["dataset"])
-        return enough and same and not self.differs(values, flags, self.script.RESUMABLE)
+        return enough and same and not self.differs(values, flags, self.script.RESUMABLE - ROW)
 
     def run(self, name: str, flags: list[str], agent: Future[tuple[int, Path]] | None) -> str:
         """One job, with the pre-trained agent that it goes on with; what became of it."""

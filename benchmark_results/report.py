@@ -247,17 +247,24 @@ def training_table(runs: Runs) -> list[str]:
 
 
 def d4rl_table(runs: Runs) -> list[str]:
-    """Normalised scores, mean of the last ten evaluations, feed-forward beside EDP: published, and ours where run."""
+    """Normalised scores, mean of the last ten evaluations, feed-forward beside EDP: published, and ours where run.
+
+    Behind ours: seeds, of how many if some diverged, and updates.
+    """
     published, lines = json.loads((HERE / "published.json").read_text()), []
     for names in (("td3_bc", "edp_td3"), ("iql", "edp_iql"), ("edp_crr",)):
-        columns = " | ".join(f"{LABELS[name]}, published | ours (seeds)" for name in names)
+        columns = " | ".join(f"{LABELS[name]}, published | ours (seeds, updates)" for name in names)
         lines += ["", f"| data | {columns} |", "|" + "---|" * (1 + 2 * len(names))]
         for env_id, scores in published["scores"].items():
             cells = [env_id]
             for name in names:
-                jobs = finished(runs.get(env_id, {}).get(name, {}))
-                score = np.mean([job.result["normalized_score"]["mean_of_last_10"] for job in jobs]) if jobs else None
-                cells += [f"{scores[name]}", "not run" if score is None else f"{score:.1f} ({len(jobs)})"]
+                jobs = runs.get(env_id, {}).get(name, {})
+                done, ours = finished(jobs), f"all of {len(jobs)} diverged" if jobs else "not run"
+                if done:
+                    score = np.mean([job.result["normalized_score"]["mean_of_last_10"] for job in done])
+                    seeds = f"{len(done)} of {len(jobs)}" if len(done) < len(jobs) else len(done)
+                    ours = f"{score:.1f} ({seeds}, {done[0].result['updates']})"
+                cells += [f"{scores[name]}", ours]
             lines.append(f"| {' | '.join(cells)} |")
     return [*lines[1:], "", f"Published: {published['source']}."]
 

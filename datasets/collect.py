@@ -47,7 +47,7 @@ class Args:
     eval_episodes: int = 5
     """episodes an evaluation averages"""
     rows: int = 100_000
-    """transitions a file holds at least (whole episodes)"""
+    """transitions a file holds, about: whole episodes, of replay data not more"""
     work_dir: Path = Path("sac")
     """where `train` writes its policies, transitions and evaluations; one folder per agent and seed below it"""
     out_dir: Path = Path(__file__).parent

@@ -87,6 +87,11 @@ def test_launch_begins_anew_where_arguments_changed(copy):
         file.write_text(json.dumps(about))
         done = call(copy, "benchmark_results/launch.py", *flags.split())
         assert done.returncode == 0 and f"__bc__0: {outcome}" in done.stdout, (name, done)
+    about = json.loads(file.read_text())
+    about["args"]["eval_candidates"]["value"] = 10  # a resume may change it, but this row's runs have one
+    file.write_text(json.dumps(about))
+    done = call(copy, "benchmark_results/launch.py", *flags.split())
+    assert done.returncode == 0 and "__bc__0: return" in done.stdout, done
     with h5py.File(copy / "datasets" / "hopper-medium-replay-mini.hdf5", "a") as data:
         data["rewards"][0] += 1
     done = call(copy, "benchmark_results/launch.py", *flags.split())
@@ -394,6 +399,20 @@ def test_results_table():
         "| behaviour cloning `bc`, 40 updates | 2 | 6 ± 3 | 4 ± 2 | 6 ± 3 | 5 [2, 12] |",
         "| IQL, feed-forward `iql` | 0, 1 diverged | - | - | - | - |",
     ]
+
+
+def test_d4rl_table():
+    """Of our runs: the mean, seeds and how many of them diverged, updates; nothing that is hidden."""
+    from benchmark_results.report import Job, d4rl_table
+
+    def job(score):
+        return Job([1], [0.0], [0.0], {"normalized_score": {"mean_of_last_10": score}, "updates": 100}, [])
+
+    runs = {"hopper-medium-v2": {"iql": {"0": job(1.0), "1": job(2.0)}, "edp_iql": {"0": job(3.0), "1": None}}}
+    lines = d4rl_table({**runs, "walker2d-medium-v2": {"edp_crr": {"0": None, "1": None}}})
+    assert any(line.startswith("| hopper-medium-v2 |") and "| 1.5 (2, 100) |" in line for line in lines)
+    assert any(line.endswith("| 3.0 (1 of 2, 100) |") for line in lines)
+    assert any(line.startswith("| walker2d-medium-v2 |") and line.endswith("| all of 2 diverged |") for line in lines)
 
 
 def test_seeds_table():

@@ -3,8 +3,9 @@
 python benchmark_results/baselines/iql.py --env-id hopper-medium-expert-mini
 
 Kostrikov et al., 2021, arXiv 2110.06169: advantage-weighted regression of a Gaussian policy with tanh mean and fixed,
-equal deviations, so that -log pi is the squared error; its mean is evaluated. Takes edp_iql.py's arguments; those of
-the diffusion have no effect.
+equal deviations, so that -log pi is the squared error; its mean is evaluated. Unlike there, networks are edp_iql.py's
+in width, depth and activation, its preset's clipping of gradients stays, and the policy's learning rate does not fall.
+Takes edp_iql.py's arguments; those of the diffusion have no effect.
 """
 
 import sys

@@ -4,8 +4,9 @@ python benchmark_results/baselines/td3_bc.py --env-id hopper-medium-expert-mini
 
 Fujimoto and Gu, 2021, arXiv 2106.06860: E ||a - pi(s)||^2 - lambda E Q(s, pi(s)), lambda = eta / E |Q|, eta = 2.5, and
 targets at the target policy's action with clipped noise. Here, as in edp_td3.py, one of the two critics by chance is
-maximised, at every update, and the policy's target moves on its own schedule. Takes edp_td3.py's arguments; those of
-the diffusion have no effect.
+maximised, at every update, and the policy's target moves on its own schedule. States are normalised, as there. Unlike
+there, networks are edp_td3.py's in width, depth and activation, and its preset's learning rate and clipping of
+gradients stay. Takes edp_td3.py's arguments; those of the diffusion have no effect.
 """
 
 import sys
@@ -50,4 +51,5 @@ edp.Policy, edp.reconstruct, edp.select_actions = Policy, reconstruct, select_ac
 edp.Diffusion.sample = sample  # type: ignore[method-assign, assignment]
 
 if __name__ == "__main__":
-    edp.main(edp.parse_args(["--exp-name", "td3_bc", "--eta", "2.5", *sys.argv[1:]]))
+    flags = ["--exp-name", "td3_bc", "--eta", "2.5", "--observation-transform", "per-dimension"]
+    edp.main(edp.parse_args([*flags, *sys.argv[1:]]))
