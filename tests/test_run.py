@@ -592,12 +592,14 @@ def test_stop_during_an_evaluation(run, script, monkeypatch):
     same_run(script, whole, script.main(parse(script, "--resume", folder)))
 
 
-def test_divergence_ends_with_3(run, script, tmp_path, capsys):
+def test_divergence_ends_with_3(run, script, tmp_path, capsys, monkeypatch):
+    closed = []
+    monkeypatch.setattr("gymnasium.Wrapper.close", lambda env: closed.append(env))  # writes the video
     with pytest.raises(SystemExit) as caught:
         run(
             "--lr", "1e30", "--num-updates", "50", *(["--max-grad-norm", "0"] if has(script, "--max-grad-norm") else [])
         )
-    assert caught.value.code == 3
+    assert caught.value.code == 3 and len(closed) >= 2  # those of evaluation
     (folder,) = (tmp_path / "runs").iterdir()
     message, found = capsys.readouterr().err, json.loads((folder / "diagnostics.json").read_text())
     first = next(name for name, value in found.items() if not math.isfinite(value))
