@@ -605,7 +605,7 @@ class Energies(nn.Module):
         self.behavior = MLP(self.ends[1] + 1, 1, hidden)  # log p_sigma / q_sigma of pairs (s, a) that were acted
         self.dynamics = MLP(self.ends[1], obs_dim, hidden)  # E[s' | s, a] as x has it, without noise
 
-    def forward(self, net: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
+    def energy(self, net: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
         """The net's energy (...) of x (..., end) at sigma (...)."""
         scaled = x / (sigma.square() + 1).sqrt()[..., None]
         out = net(torch.cat([scaled, sigma.log()[..., None] / 4], dim=-1))
@@ -615,6 +615,19 @@ class Energies(nn.Module):
         residual = x[..., SA:] - self.dynamics(scaled[..., :SA])
         squared = residual.square() / (sigma.square() + 1e-3)[..., None]  # 1e-3: the mean's own error
         return out[..., 0] + (nn.functional.softplus(out[..., 1:]) * squared / (1 + squared / 25)).sum(-1)
+
+    @torch.enable_grad()
+    def forward(self, x: Tensor, sigma: Tensor, scales: tuple[float, ...], full: bool) -> Tensor:
+        """sum lambda_i grad E_i (B, D) at x (B, D), sigma (); each on its own block, s, a or s', unless `full`."""
+        x = x.detach().requires_grad_()
+        total, start = torch.zeros((), device=x.device), 0
+        for net, end, scale in zip(self.nets, self.ends, scales, strict=True):
+            if scale:
+                given = x[:, :start] if full else x[:, :start].detach()
+                seen = torch.cat([given, x[:, start:end]], dim=1)
+                total = total + scale * self.energy(net, seen, sigma.expand(len(x))).sum()
+            start = end
+        return torch.autograd.grad(total, x)[0]
 
 
 class TransitionModel(nn.Module):
@@ -680,22 +693,10 @@ class EDM:
 
 
 def make_guidance(energies: Energies, scales: tuple[float, ...], full: bool, clip: float) -> Guidance:
-    """sum lambda_i grad E_i (B, D) in normalised coordinates; sigma times its norm is at most clip sqrt(D).
+    """sum lambda_i grad E_i (B, D) in normalised coordinates; sigma times its norm is at most clip sqrt(D)."""
 
-    Each energy's gradient acts on its own block, s, a or s', unless `full`.
-    """
-
-    @torch.enable_grad()
     def guidance(x: Tensor, sigma: Tensor) -> Tensor:
-        x = x.detach().requires_grad_()
-        total, start = torch.zeros((), device=x.device), 0
-        for net, end, scale in zip(energies.nets, energies.ends, scales, strict=True):
-            if scale:
-                given = x[:, :start] if full else x[:, :start].detach()
-                seen = torch.cat([given, x[:, start:end]], dim=1)
-                total = total + scale * energies(net, seen, sigma.expand(len(x))).sum()
-            start = end
-        gradient = torch.autograd.grad(total, x)[0]
+        gradient = energies(x, sigma, scales, full)
         bound = clip * math.sqrt(x.shape[1]) / sigma
         return gradient * (bound / gradient.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
 
@@ -747,9 +748,9 @@ def energy_losses(
     acted, chosen = (torch.cat([x[:, None], negatives[..., : x.shape[1]]], dim=1) for x in (acted, chosen))
     sigma = sigma[:, None].expand(acted.shape[:2])
     e1, e2, e3 = (
-        energies(net, x, sigma) for net, x in zip(energies.nets, (chosen[..., :S], chosen, acted), strict=True)
+        energies.energy(net, x, sigma) for net, x in zip(energies.nets, (chosen[..., :S], chosen, acted), strict=True)
     )
-    behavior = energies(energies.behavior, acted[..., :SA], sigma)
+    behavior = energies.energy(energies.behavior, acted[..., :SA], sigma)
     return [info_nce(e) for e in (e1, e1.detach() + e2, behavior, behavior.detach() + e3)]
 
 
@@ -765,7 +766,7 @@ def conditional_losses(
     for net, x, end in zip(energies.nets, (states, chosen, acted), energies.ends, strict=True):
         blocks = torch.cat([x[:, None, start:end], negatives[..., start:end]], dim=1)
         given = x[:, None, :start].expand(-1, blocks.shape[1], -1)
-        losses.append(info_nce(energies(net, torch.cat([given, blocks], dim=2), sigma)))
+        losses.append(info_nce(energies.energy(net, torch.cat([given, blocks], dim=2), sigma)))
         start = end
     return losses
 
@@ -1645,9 +1646,9 @@ def main(args: Args) -> dict[str, Any]:
     # Networks, optimisers, buffers
     networks = make_networks(obs_dim, act_dim, args, device)
     update, optimizers = make_update(args, networks)
-    denoisers = networks["denoiser"], networks["denoiser_ema"]
+    generators = [networks[name] for name in ("denoiser", "denoiser_ema", "energies")]
     updates = {
-        alpha: accelerate(args, partial(update, cql_alpha=alpha), denoisers, device)
+        alpha: accelerate(args, partial(update, cql_alpha=alpha), generators, device)
         for alpha in {args.cql_alpha, args.cql_alpha_online}
     }
     online = Buffer(args.online_steps + 1, data.shape[1], device)

@@ -151,12 +151,13 @@ class RawEnergies(torch.nn.Module):
     """Exact energies of p = N(0, 1), q = N(1, std^2), of raw coordinates y = 3 + 2 x: autograd owes the chain rule."""
 
     ends, nets = (1, 2, 3), (0, 1, 2)
+    forward = edis.Energies.forward
 
     def __init__(self, std=0.5):
         super().__init__()
         self.variance = (2 * std) ** 2
 
-    def forward(self, i, x, sigma):
+    def energy(self, i, x, sigma):
         y, noise = 3 + 2 * x[:, i], (2 * sigma) ** 2
         return -((y - 3) ** 2) / (2 * (4 + noise)) + (y - 5) ** 2 / (2 * (self.variance + noise))
 
@@ -240,7 +241,7 @@ def test_energies_are_trained_on_top_of_each_other():
             assert any(g is not None and g.abs().sum() > 0 for g in gradients) == (i == j)
 
     def e(network, x):
-        return energies(network, x, torch.full(x.shape[:-1], 0.5))
+        return energies.energy(network, x, torch.full(x.shape[:-1], 0.5))
 
     x = torch.cat([acted[:, None], negatives], dim=1)
     assert_close(losses[3][0], edis.info_nce(e(energies.behavior, x[..., :3]) + e(energies.nets[2], x))[0])
@@ -259,7 +260,7 @@ def test_conditional_losses():
         for b in range(6):
             x = positive[b].repeat(5, 1)
             x[1:, start:] = negatives[b, :, start : x.shape[1]]
-            rows.append(energies(energies.nets[i], x, torch.full((5,), 0.5)))
+            rows.append(energies.energy(energies.nets[i], x, torch.full((5,), 0.5)))
         assert_close(losses[i][0], edis.info_nce(torch.stack(rows))[0])
 
 
@@ -333,7 +334,7 @@ def test_energies_are_the_log_density_ratios(trained, sigma):
 
     for i in range(3):
         with torch.no_grad():
-            energy = energies(energies.nets[i], x[:, : i + 1], torch.full((len(x),), sigma))
+            energy = energies.energy(energies.nets[i], x[:, : i + 1], torch.full((len(x),), sigma))
         exact = log_ratio(i + 1) - (log_ratio(i) if i else 0)
         assert (energy - exact).std() < 0.35 * exact.std(), i
 
