@@ -48,9 +48,10 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "elbo": ["--likelihood", "elbo", "--guidance-coef", "3"],  # the official code's strength, about
         "bf16": ["--matmul-precision", "medium", "--num-updates", "20000"],  # compared over these only
     },
-    "edp_crr": {"edp_crr": []},
+    "edp_crr": {"edp_crr": [], "edp_crr_1": ["--eval-candidates", "1"]},
     "edp_td3": {
         "edp_td3": [],
+        "edp_td3_1": ["--eval-candidates", "1"],
         "diffusion_ql": ["--no-action-approximation", *FEW_STEPS, "--eta", "1"],
         "td3_bc": ["--eta", "2.5", "--observation-transform", "per-dimension"],
     },

@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 LABELS = {
     "edp_iql": "EDP-IQL", "edp_crr": "EDP-CRR", "edp_td3": "EDP-TD3", "bc": "behaviour cloning",
+    "edp_crr_1": "EDP-CRR, one candidate", "edp_td3_1": "EDP-TD3, one candidate",
     "bc_q": "behaviour cloning, selected by Q", "edp_iql_1": "EDP-IQL, one candidate",
     "weighted": "EDP-IQL, coefficient 1", "weighted_1": "EDP-IQL, coefficient 1, one candidate",
     "elbo": "EDP-IQL, weighted ELBO", "bf16": "EDP-IQL, bfloat16 products",
@@ -38,9 +39,10 @@ LABELS = {
 }  # fmt: skip
 FORWARD = ("iql", "td3_bc")  # no diffusion
 COMPARED = ("edis", "synther", "offline", "none")  # in one figure; EDIS and all that is not listed in another
+OTHERS = ("edp_crr_1", "edp_td3_1")  # in tables only
 PARTS = ("edp_iql", "bc", "bc_q", "edp_iql_1", "weighted", "weighted_1", "elbo")  # in a figure, three in the other too
 DRAWN = ("bc_q", "edp_iql", "weighted", "elbo")  # policies whose candidates are compared
-SHADES = (0, 2, 4, 6, 12, 1, 18, 19, 8, 1, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
+SHADES = (0, 2, 4, 6, 3, 5, 12, 1, 18, 19, 8, 1, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
 COLOURS = dict(zip(LABELS, map(plt.get_cmap("tab20"), SHADES), strict=True))
 DISTANCES = {  # and the energy that aims at it
     "state": ("states to the recent ones", "state"), "policy": ("actions to the policy's", "policy"),
@@ -383,7 +385,7 @@ def main() -> None:
         tables["candidates"] = candidates_table(offered, 2)
         kept = {"promised": "promised by Q", "delivered": "delivered", "return": "undiscounted return"}
         tables["candidates, played"] = candidates_table(kept, 0)
-        draw(only(edp, lambda v: v not in PARTS[3:]), statistics, "updates", HERE / "learning_curves.png")
+        draw(only(edp, lambda v: v not in (*PARTS[3:], *OTHERS)), statistics, "updates", HERE / "learning_curves.png")
         if parted := {env_id: variants for env_id, variants in edp.items() if {*variants} & {*PARTS[2:]}}:
             draw(only(parted, PARTS.__contains__), statistics, "updates", HERE / "edp_iql_parts.png")
     if edis:
