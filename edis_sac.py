@@ -867,7 +867,7 @@ def make_networks(obs_dim: int, act_dim: int, args: Args, device: torch.device) 
 
 
 class Captured:
-    """An update as one CUDA graph: three calls as they are, the fourth is captured, and replayed from then on.
+    """A function as one CUDA graph: three calls as they are, the fourth is captured, and replayed from then on.
 
     Tensor arguments are copied in; networks, optimisers and torch's generator are shared; all else is as captured.
     """
@@ -911,7 +911,7 @@ class Captured:
 
 
 def accelerate(args: Args, update: Callable, networks: Iterable[nn.Module], device: torch.device) -> Callable:
-    """The update compiled, where a compiler works; on cuda in one CUDA graph, and networks compiled for sampling too.
+    """The update compiled, where a compiler works; on cuda networks compiled for sampling too.
 
     auto: on a CPU the run must have enough updates to earn the compiling back.
     """
@@ -930,7 +930,12 @@ def accelerate(args: Args, update: Callable, networks: Iterable[nn.Module], devi
         say("--compile: the first update may take minutes")
     except Exception as error:  # every backend has its own kind
         print(f"warning: --compile: {(str(error) or repr(error)).splitlines()[0]}; goes on without", file=sys.stderr)
-    return Captured(update) if cuda else update
+    return update
+
+
+def capture(args: Args, function: Callable, device: torch.device) -> Callable:
+    """The function in one CUDA graph, on cuda; nothing in it may depend on numbers that change between calls."""
+    return Captured(function) if device.type == "cuda" and args.compile != "off" else function
 
 
 def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
@@ -1648,7 +1653,7 @@ def main(args: Args) -> dict[str, Any]:
     update, optimizers = make_update(args, networks)
     generators = [networks[name] for name in ("denoiser", "denoiser_ema", "energies")]
     updates = {
-        alpha: accelerate(args, partial(update, cql_alpha=alpha), generators, device)
+        alpha: capture(args, accelerate(args, partial(update, cql_alpha=alpha), generators, device), device)
         for alpha in {args.cql_alpha, args.cql_alpha_online}
     }
     online = Buffer(args.online_steps + 1, data.shape[1], device)

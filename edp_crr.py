@@ -661,20 +661,24 @@ def make_networks(obs_dim: int, act_dim: int, device: torch.device) -> dict[str,
     return {name: network.to(device) for name, network in networks.items()}
 
 
-def draw(args: Args, diffusion: Diffusion, act_dim: int, device: torch.device, step: int) -> dict[str, Tensor]:
-    """What chance decides in one update, apart from the batch, and the rate of the policy's target."""
-    moves = step + 1 > args.policy_target_start and (step + 1) % args.policy_target_every == 0
+def draw(args: Args, diffusion: Diffusion, act_dim: int, device: torch.device) -> dict[str, Tensor]:
+    """What chance decides in one update, apart from the batch."""
     return {
         "k": torch.randint(args.diffusion_steps, (args.batch_size,), device=device),
         "epsilon": torch.randn(args.batch_size, act_dim, device=device),
         "noise": torch.randn(diffusion.draws, args.batch_size, act_dim, device=device),
         "z": torch.randn(args.advantage_samples, args.batch_size, act_dim, device=device),
-        "policy_tau": torch.full((), args.tau if moves else 0.0, device=device),
     }
 
 
+def schedule(args: Args, step: int, device: torch.device) -> dict[str, Tensor]:
+    """What an update is given by its number: the rate of the policy's target."""
+    moves = step + 1 > args.policy_target_start and (step + 1) % args.policy_target_every == 0
+    return {"policy_tau": torch.full((), args.tau if moves else 0.0, device=device)}
+
+
 class Captured:
-    """An update as one CUDA graph: three calls as they are, the fourth is captured, and replayed from then on.
+    """A function as one CUDA graph: three calls as they are, the fourth is captured, and replayed from then on.
 
     Tensor arguments are copied in; networks, optimisers and torch's generator are shared; all else is as captured.
     """
@@ -718,7 +722,7 @@ class Captured:
 
 
 def accelerate(args: Args, update: Callable, networks: Iterable[nn.Module], device: torch.device) -> Callable:
-    """The update compiled, where a compiler works; on cuda in one CUDA graph, and networks compiled for sampling too.
+    """The update compiled, where a compiler works; on cuda networks compiled for sampling too.
 
     auto: on a CPU the run must have enough updates to earn the compiling back.
     """
@@ -737,7 +741,12 @@ def accelerate(args: Args, update: Callable, networks: Iterable[nn.Module], devi
         say("--compile: the first update may take minutes")
     except Exception as error:  # every backend has its own kind
         print(f"warning: --compile: {(str(error) or repr(error)).splitlines()[0]}; goes on without", file=sys.stderr)
-    return Captured(update) if cuda else update
+    return update
+
+
+def capture(args: Args, function: Callable, device: torch.device) -> Callable:
+    """The function in one CUDA graph, on cuda; nothing in it may depend on numbers that change between calls."""
+    return Captured(function) if device.type == "cuda" and args.compile != "off" else function
 
 
 def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
@@ -1196,7 +1205,14 @@ def main(args: Args) -> dict[str, Any]:
         a = select_actions(diffusion, networks["policy"], networks["critic"], s, args.eval_candidates, generator)
         return a.cpu().numpy()
 
+    def draw_and_update(**scheduled: Tensor) -> dict[str, Tensor]:
+        index = torch.randint(len(data), (args.batch_size,), device=device)
+        s, a, next_s, r, mask = data[index].split([obs_dim, act_dim, obs_dim, 1, 1], dim=1)
+        chance = draw(args, diffusion, act_dim, device)
+        return update(s=s, a=a, next_s=next_s, r=r[:, 0], mask=mask[:, 0], **chance, **scheduled)
+
     # Loop
+    train = capture(args, draw_and_update, device)
     metrics: dict[str, Tensor] = {}
     while True:
         step, last = run.step, run.step >= args.num_updates
@@ -1218,11 +1234,8 @@ def main(args: Args) -> dict[str, Any]:
         if last:
             return run.finish()
 
-        index = torch.randint(len(data), (args.batch_size,), device=device)
-        s, a, next_s, r, mask = data[index].split([obs_dim, act_dim, obs_dim, 1, 1], dim=1)
-        chance = draw(args, diffusion, act_dim, device, step)
         run.nothing_to_save = not metrics  # the first update, which may compile for long
-        metrics = update(s=s, a=a, next_s=next_s, r=r[:, 0], mask=mask[:, 0], **chance)
+        metrics = train(**schedule(args, step, device))
         run.nothing_to_save = False
         run.progress["step"] += 1
         run.bar.update()

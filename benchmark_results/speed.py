@@ -66,12 +66,13 @@ STARTS = {
     "first update": ["--log-every", "1", "--compile", "off"],
     "first update, `--compile on`": ["--log-every", "1", "--compile", "on"],
 }
-GENERATIONS = {  # bundled preset; paper's size: data, samples at a time on a CPU
-    "EDIS, denoiser 3 x 256, energies 3 x 128, 20 levels, 1000 at a time": ("hopper-medium-mini", 1_000),
-    "EDIS, denoiser 6 x 1024, energies 3 x 256, 128 levels, 100 at a time": ("hopper-medium-v2", 100),
+GENERATIONS = {  # bundled preset; paper's size: data, samples at a time on a CPU and on cuda, where more fill it
+    "EDIS, denoiser 3 x 256, energies 3 x 128, 20 levels": ("hopper-medium-mini", 1_000, 30_000),
+    "EDIS, denoiser 6 x 1024, energies 3 x 256, 128 levels": ("hopper-medium-v2", 100, 30_000),
 }
-COARSE = {"cuda": ("EDP-TD3, K = 1000, DPM-Solver 15", *GENERATIONS)}
-COARSE["cpu"] = ("EDP-IQL", "EDP-CRR, K = 1000, DPM-Solver 15", "EDIS, SAC's update", *COARSE["cuda"])
+COARSE = {"cuda": ("EDP-IQL", *(f"EDP-{x}, K = 1000, DPM-Solver 15" for x in ("CRR", "TD3")))}
+COARSE["cpu"] = (*COARSE["cuda"], "EDIS, SAC's update", *GENERATIONS)
+PRECISIONS = {"cuda": ("highest", "high"), "cpu": ("highest", "medium")}
 
 
 @dataclass
@@ -134,7 +135,7 @@ def floor(step: Callable[[], Any], seconds: float, device: torch.device) -> floa
 
 def measure(name: str, args: Args) -> dict[str, float]:
     """One case, in this process."""
-    env_id, samples = GENERATIONS.get(name, ("hopper-medium-v2", 256))
+    env_id, *sizes = GENERATIONS.get(name, ("hopper-medium-v2", 256, 256))
     flags = ["edis_sac"] if name in GENERATIONS else UPDATES.get(name) or ["edp_iql", *SAMPLES.get(name, [])]
     script, device = importlib.import_module(flags[0]), torch.device(args.device)
     common = ["--env-id", env_id, "--num-threads", str(args.threads), "--device", args.device]
@@ -142,13 +143,13 @@ def measure(name: str, args: Args) -> dict[str, float]:
     script.check_args(given)
     script.set_up(given)
     B, cuda = given.batch_size, device.type == "cuda"
+    samples = sizes[cuda]
     s, a = torch.randn(B, 11, device=device), 2 * torch.rand(B, 3, device=device) - 1
 
     def turn(*warm_up: Callable[[], Any]) -> None:
         """Begin when no other case is being measured, with all compiled."""
         for call in warm_up:
-            for _ in range(5):
-                call()
+            call()
         if args.queued:
             print("ready", flush=True)
             sys.stdin.readline()
@@ -173,7 +174,6 @@ def measure(name: str, args: Args) -> dict[str, float]:
         levels = given.churn, device, given.sigma_min, given.sigma_max
         edm = script.EDM(given.sampling_steps, *levels)
         batch["mc"] = torch.zeros(B, device=device)
-        samples = given.chunk if cuda else samples
     else:
         diffusion = script.Diffusion(
             given.diffusion_steps, given.sampler, given.sampler_steps, given.solver_order, device, given.beta_schedule
@@ -191,8 +191,13 @@ def measure(name: str, args: Args) -> dict[str, float]:
             compiled = list(networks.values())
         update = script.accelerate(given, update, compiled, device) if accelerated else update
         if flags[0] == "edis_sac":
-            return networks, partial(update, **batch)
-        return networks, lambda: update(**batch, **script.draw(given, diffusion, 3, device, 0))
+            return networks, partial(script.capture(given, update, device) if accelerated else update, **batch)
+        scheduled = script.schedule(given, 0, device)
+
+        def train(**scheduled: torch.Tensor) -> Any:
+            return update(**batch, **script.draw(given, diffusion, 3, device), **scheduled)
+
+        return networks, partial(script.capture(given, train, device) if accelerated else train, **scheduled)
 
     @torch.no_grad()
     def sample(networks: dict[str, Any], guided: bool = False) -> None:
@@ -206,7 +211,7 @@ def measure(name: str, args: Args) -> dict[str, float]:
         fast: Callable[[], Any] | None = None
         if cuda:
             _, fast = make(True)
-        turn(*[fast] if fast else [])
+        turn(*[fast] * 5 if fast else [])  # the fourth is captured
         _, step = make(False)
         found = {"updates_per_second": rate(step, args.seconds, device), "floor": floor(step, args.seconds, device)}
         memory = peak(device)  # on a CPU without the compiler's
@@ -230,13 +235,13 @@ def measure(name: str, args: Args) -> dict[str, float]:
         found = {"ms": 1e3 / rate(lambda: decide().cpu(), args.seconds, device)}
     else:
         turn(*(partial(sample, networks, guided) for guided in (False, True) if cuda))
-        found = {}
+        found = {"samples": samples}
         for kind, guided in (("unguided", False), ("guided", True)):
             found[f"{kind}_per_second"] = samples * rate(partial(sample, networks, guided), args.seconds, device)
             found[f"{kind}_floor"] = samples * floor(partial(sample, plain, guided), args.seconds, device)
         if cuda:
             found |= kernels(partial(sample, networks, True))
-        edm, samples = script.EDM(2, *levels), given.chunk  # what they need does not grow with the levels
+        edm, samples = script.EDM(2, *levels), samples if cuda else given.chunk  # memory does not grow with the levels
         sample(networks, True)
         found["chunk"] = samples
     return found | {"peak_MiB": peak(device)}
@@ -245,13 +250,12 @@ def measure(name: str, args: Args) -> dict[str, float]:
 def kernels(step: Callable[[], Any]) -> dict[str, float]:
     """Of a call on cuda: its kernels, the time in them, and in those of matrix products, in microseconds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(5):
-            step()
+        step()
         torch.cuda.synchronize()
     events = [event for event in profile.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
     products = [event for event in events if re.search("gemm|gemv|cutlass|nvjet|splitK", event.name)]
-    times = (sum(event.time_range.elapsed_us() for event in part) / 5 for part in (events, products))
-    return dict(zip(("kernels", "kernels_us", "products_us"), (len(events) / 5, *times), strict=True))
+    times = (sum(event.time_range.elapsed_us() for event in part) for part in (events, products))
+    return dict(zip(("kernels", "kernels_us", "products_us"), (len(events), *times), strict=True))
 
 
 def peak(device: torch.device) -> float:
@@ -301,11 +305,12 @@ def main(args: Args) -> None:
             assert process.stdout
             while process.stdout.readline() not in ("ready\n", ""):  # after what the script says
                 pass
+        print(f"{time.strftime('%T')} measuring {len(commands)} cases", flush=True)
         for command, process in zip(commands, processes, strict=True):
             out, _ = process.communicate("go\n")
             found.append(json.loads(out.splitlines()[-1]) if process.returncode == 0 else {})
             failed.extend([] if found[-1] else [command[3]])
-            print(command[3], found[-1] or "FAILED", flush=True)
+            print(f"{time.strftime('%T')} {command[3]}", found[-1] or "FAILED", flush=True)
         return found
 
     def wanted(name: str) -> bool:
@@ -320,8 +325,7 @@ def main(args: Args) -> None:
     about = {name: about[name] for name in ("torch", "device", "commit")}
     found = json.loads(path.read_text()) if args.only and path.exists() else {"results": {}}
     names = [name for name in (*UPDATES, *NETWORKS, *SAMPLES, *DECISIONS, *GENERATIONS) if wanted(name)]
-    precisions = ("highest", "high", "medium") if cuda else ("highest", "medium")
-    pairs = [(name, precision) for name in COARSE[kind] for precision in precisions if wanted("precision")]
+    pairs = [(name, precision) for name in COARSE[kind] for precision in PRECISIONS[kind] if wanted("precision")]
     commands = [case(name, args.threads, precision) for name, precision in pairs]
     commands += [case(name, args.threads) for name in names]
     measured = run(*commands) if cuda else [found for command in commands for found in run(command)]
@@ -403,7 +407,7 @@ def tables(found: dict[str, Any]) -> str:
     rows = [[name, f"{results[name]['ms']:.1f}"] for name in DECISIONS if name in results]
     lines += ["", *table(["a decision: 50 candidates, DPM-Solver 15", "ms"], rows)]
     if coarse := found.get("precision"):
-        flags = ["high", "medium"] if cuda else ["medium"]
+        flags = PRECISIONS["cuda" if cuda else "cpu"][1:]
         names = [f"`--matmul-precision {flag}` | gain" for flag in flags]
         rows = []
         for name, r in coarse["results"].items():
@@ -421,8 +425,12 @@ def tables(found: dict[str, Any]) -> str:
         if not (r := results.get(name)):
             continue
         speeds = [f"{r[f'{x}_{y}']:.0f}" for x in ("guided", "unguided") for y in ("per_second", "floor")]
-        rows.append([name, *speeds, f"{r['peak_MiB']:.0f} ({r['chunk']})"])
-    lines += ["", *table([*head, "peak memory with `--chunk` at once, MiB"], rows)]
+        if cuda:
+            each = 1e-6 * r["guided_per_second"] / r["samples"]
+            speeds += [f"{each * r['kernels_us']:.2f}", f"{each * r['products_us']:.2f}"]
+        rows.append([f"{name}, {r['samples']} at a time", *speeds, f"{r['peak_MiB']:.0f} ({r['chunk']})"])
+    head += ["guided: share of the time in kernels", "in products"] * cuda
+    lines += ["", *table([*head, "peak memory, MiB (transitions at a time)"], rows)]
     if starts := found.get("start"):
         rows = [[name, *(f"{row[s]:.1f}" for s in SCRIPTS)] for name, row in starts["results"].items()]
         lines += ["", *table(["seconds", *(f"`{s}.py`" for s in SCRIPTS)], rows), "", f"Commit {starts['commit']}."]
@@ -430,8 +438,10 @@ def tables(found: dict[str, Any]) -> str:
         lines += comparisons(results)
     lines += [
         "",
-        f"{found['device']}; {found['threads']} thread of {found['cores']} cores, torch {found['torch']}, commit",
-        f"{found['commit']}. On a CPU memory is the process's, interpreter and torch included.",
+        f"{found['device']}; {found['threads']} thread of {found['cores']} cores, torch {found['torch']},"
+        + f" `--matmul-precision {found['matmul_precision']}`" * (found["matmul_precision"] != "highest")
+        + f" commit {found['commit']}.",
+        *([] if cuda else ["On a CPU memory is the process's, interpreter and torch included."]),
     ]
     return "\n".join(lines) + "\n"
 

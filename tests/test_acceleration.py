@@ -4,13 +4,15 @@ Like a graph it keeps the operations and the tensors of one call; a number that 
 """
 
 import importlib
+import json
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from conftest import EDP
+from conftest import EDP, SCRIPTS
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
@@ -143,7 +145,8 @@ def prepare(name, flags):
         batch = {"s": s, "a": a.tanh(), "next_s": next_s, "r": r[:, 0], "mask": (mask[:, 0] < 1).float()}
         if name == "edis_sac":
             return batch | {"mc": mc[:, 0]}
-        return batch | script.draw(args, diffusion, 3, CPU, 995 + i)  # around the first move of the policy's target
+        chance, step = script.draw(args, diffusion, 3, CPU), 995 + i  # around the first move of the policy's target
+        return batch | chance | script.schedule(args, step, CPU)
 
     return script, update, inputs, networks, optimizers
 
@@ -174,6 +177,31 @@ def test_a_captured_update_is_the_update(name, flags, stand_in):
     assert update.graph.operations and len(seen) == 4
     assert seen[1:] == seen[:-1]  # other strides would be compiled for anew, in the capture
     for eager, replayed in zip(tree_leaves(runs[0]), tree_leaves(runs[1]), strict=True):
+        assert torch.equal(eager, replayed) if isinstance(eager, torch.Tensor) else eager == replayed
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_captured_run_is_the_run(name, hopper_file, tmp_path, stand_in, monkeypatch):
+    """Batches and noise are drawn anew in each replay, targets move on their schedule."""
+    script, states, graphs = importlib.import_module(name), [], []
+    flags = ["--dataset-path", str(hopper_file), "--runs-dir", str(tmp_path), "--batch-size", "8", "--log-every", "1"]
+    if name == "edis_sac":
+        flags += ["--offline-updates", "9", "--online-steps", "0"]
+    else:
+        flags += ["--env-id", "my-robot", "--num-updates", "9"]
+        flags += ["--policy-target-start", "2", "--policy-target-every", "3"] if name != "edp_iql" else []
+    for captured in (False, True):
+        if captured:
+            monkeypatch.setattr(
+                script, "capture", lambda args, f, device: graphs.append(script.Captured(f)) or graphs[-1]
+            )
+        result = script.main(script.parse_args(flags))
+        saved = script.load_checkpoint(result["run_dir"])
+        rows = [json.loads(line) for line in (Path(result["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+        rows = [{key: x for key, x in row.items() if "losses/" in key} for row in rows]
+        states.append([rows, [saved[key] for key in saved if key not in ("args", "progress", "run_dir")]])
+    assert any(graph.graph and graph.graph.operations for graph in graphs)
+    for eager, replayed in zip(tree_leaves(states[0]), tree_leaves(states[1]), strict=True):
         assert torch.equal(eager, replayed) if isinstance(eager, torch.Tensor) else eager == replayed
 
 

@@ -218,8 +218,8 @@ def test_diffusion_ql_differentiates_the_whole_chain():
 @pytest.mark.parametrize("name", ["edp_td3", "edp_crr"])
 def test_policy_target_moves_every_fifth_update(name):
     module = {"edp_td3": edp_td3, "edp_crr": edp_crr}[name]
-    args, d = module.Args(policy_target_start=10), module.Diffusion(100, "ddim", 15, 3, CPU)
-    moves = [step for step in range(22) if module.draw(args, d, 3, CPU, step)["policy_tau"] > 0]
+    args = module.Args(policy_target_start=10)
+    moves = [step for step in range(22) if module.schedule(args, step, CPU)["policy_tau"] > 0]
     assert moves == [14, 19]  # updates 15 and 20, counted from 1
 
 
@@ -277,7 +277,7 @@ def test_action_selection_frequencies(script):
 def test_draws(script, flags, noises):
     """Every step k is drawn, either critic half the time; all noise is standard normal, none of it twice."""
     args, d = script.Args(diffusion_steps=30, batch_size=64, **flags), script.Diffusion(30, "ddpm", 15, 3, CPU)
-    draws = [script.draw(args, d, 3, CPU, step) for step in range(50)]
+    draws = [script.draw(args, d, 3, CPU) for _ in range(50)]
     count = torch.cat([chance["k"] for chance in draws]).bincount()
     assert len(count) == 30 and count.min() > 50  # 107 on average
     for name, shape in ({"epsilon": (64, 3)} | noises).items():

@@ -22,7 +22,7 @@ SHARED = dict.fromkeys((
     "fail", "say", "D4RL", "LEVELS", "D4RL_IDS", "MINI_IDS", "D4RL_URLS", "Columns", "Transform", "KEYS",
     "read_hdf5", "check", "download_d4rl", "load_minari", "load_task", "timeouts_by_limit", "make_transitions", "Mish",
     "Linear", "MLP", "Critic", "make_envs", "evaluate", "load_checkpoint", "describe", "Run", "set_up", "accelerate",
-    "Captured", "make_update.step", "__main__",
+    "Captured", "capture", "make_update.step", "__main__",
     *(f"Args.{name}" for name in (
         "exp_name", "seed", "device", "log_every", "save_every", "resume", "runs_dir", "track", "wandb_project",
         "wandb_entity", "wandb_group", "wandb_mode", "dataset_path", "reward_transform",
@@ -38,7 +38,9 @@ SHARED |= dict.fromkeys((
     )),
 ), EDP)  # fmt: skip
 SHARED |= dict.fromkeys(("MINI", "weighted_regression", "Args.guidance_coef", "Args.likelihood"), REGRESSION)
-SHARED |= dict.fromkeys(("FAMILIES", "make_networks", "Args.policy_target_start", "Args.policy_target_every"), SAMPLED)
+SHARED |= dict.fromkeys(
+    ("FAMILIES", "schedule", "make_networks", "Args.policy_target_start", "Args.policy_target_every"), SAMPLED
+)
 SHARED |= {"critic_losses": NOT_IQL}
 # Same name in several scripts, on purpose not the same text
 DIFFERS = {
@@ -52,6 +54,7 @@ DIFFERS = {
     "critic_losses": "IQL's docstring names its equation",
     "make_networks": "V for IQL, a target policy for the others",
     "draw": "each algorithm's own random draws",
+    "schedule": "IQL's policy has no target",
     "make_update": "the algorithm",
     "main": "EDIS has an online phase",
     "Args.weight_cap": "100 for IQL, 20 for CRR",
