@@ -447,6 +447,8 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    if not rows:
+        return []
     columns = " | ".join(head)
     return [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1), *(f"| {' | '.join(row)} |" for row in rows)]
 
