@@ -385,7 +385,7 @@ def tables(found: dict[str, Any]) -> str:
         if cuda:
             cells += [f"{r['kernels']:.0f}", *(f"{1e-6 * fast * r[key]:.2f}" for key in ("kernels_us", "products_us"))]
         rows.append([*cells, f"{r['peak_MiB']:.0f}"])
-    lines = table(head, rows)
+    lines = table(head, rows)[1:]
     if {*NETWORKS} <= results.keys():
         shares = [f"{results[name]['passes_per_second'] / results[name]['floor']:.2f} {name}" for name in NETWORKS]
         line = f"reach {shares[0].replace(' ', ' of their floor ', 1)}, {shares[1]}."
@@ -400,12 +400,12 @@ def tables(found: dict[str, Any]) -> str:
         pairs = [[results[name][f"beside_others{x}"] for x in ("", "_two_threads")] for name in crowded]
         idle = [results[name]["updates_per_second"] for name in crowded]
         told = [[f"{a:.1f}", f"{a / c:.2f}", f"{b:.1f}"] for (a, b), c in zip(pairs, idle, strict=True)]
-        lines += ["", *table(head, [[name, *row] for name, row in zip(crowded, told, strict=True)])]
+        lines += table(head, [[name, *row] for name, row in zip(crowded, told, strict=True)])
     made = {name: results[name] for name in SAMPLES if name in results}
     rows = [[name, f"{r['actions_per_second']:.0f}", f"{r['peak_MiB']:.0f}"] for name, r in made.items()]
-    lines += ["", *table(["sampling, batch 256", "actions/s", "peak memory, MiB"], rows)]
+    lines += table(["sampling, batch 256", "actions/s", "peak memory, MiB"], rows)
     rows = [[name, f"{results[name]['ms']:.1f}"] for name in DECISIONS if name in results]
-    lines += ["", *table(["a decision: 50 candidates, DPM-Solver 15", "ms"], rows)]
+    lines += table(["a decision: 50 candidates, DPM-Solver 15", "ms"], rows)
     if coarse := found.get("precision"):
         flags = PRECISIONS["cuda" if cuda else "cpu"][1:]
         names = [f"`--matmul-precision {flag}` | gain" for flag in flags]
@@ -417,7 +417,7 @@ def tables(found: dict[str, Any]) -> str:
             gains = [f"{r[flag]:.1f} | {r[flag] / r['highest']:.2f}" for flag in flags]
             rows.append([f"{name}: {what}", f"{r['highest']:.1f}", *gains])
         first = "per second" if cuda else "one thread, per second"
-        lines += ["", *table([first, "float32", *names], rows)]
+        lines += table([first, "float32", *names], rows)
         lines += ["", f"One after the other, commit {coarse['commit']}."]
     head = ["synthetic transitions", "guided/s", "floor", "unguided/s", "floor"]
     rows = []
@@ -430,10 +430,10 @@ def tables(found: dict[str, Any]) -> str:
             speeds += [f"{each * r['kernels_us']:.2f}", f"{each * r['products_us']:.2f}"]
         rows.append([f"{name}, {r['samples']} at a time", *speeds, f"{r['peak_MiB']:.0f} ({r['chunk']})"])
     head += ["guided: share of the time in kernels", "in products"] * cuda
-    lines += ["", *table([*head, "peak memory, MiB (transitions at a time)"], rows)]
+    lines += table([*head, "peak memory, MiB (transitions at a time)"], rows)
     if starts := found.get("start"):
         rows = [[name, *(f"{row[s]:.1f}" for s in SCRIPTS)] for name, row in starts["results"].items()]
-        lines += ["", *table(["seconds", *(f"`{s}.py`" for s in SCRIPTS)], rows), "", f"Commit {starts['commit']}."]
+        lines += [*table(["seconds", *(f"`{s}.py`" for s in SCRIPTS)], rows), "", f"Commit {starts['commit']}."]
     if not cuda:
         lines += comparisons(results)
     lines += [
@@ -447,10 +447,11 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """An empty line and the table; nothing without rows."""
     if not rows:
         return []
     columns = " | ".join(head)
-    return [f"| {columns} |", "|" + "---|" * (columns.count("|") + 1), *(f"| {' | '.join(row)} |" for row in rows)]
+    return ["", f"| {columns} |", "|" + "---|" * (columns.count("|") + 1), *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def comparisons(results: dict[str, Any]) -> list[str]:
