@@ -282,6 +282,12 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
         "captured or waits",
     ),
     "run: a schedule that a graph freezes": ("edp_crr.py", ", policy_tau)\n", ", float(policy_tau))\n", "captured"),
+    "run: a graph that knows the update's number": (
+        "edp_crr.py",
+        "**chance, **scheduled)",
+        "**chance, **schedule(args, run.step, device))",
+        "captured_run",
+    ),
     "run: a graph that sees one batch": ("edp_iql.py", "self.inputs[name].copy_(x)", "pass", "captured"),
     "run: a graph of other tensors than before": (
         "edp_iql.py",
