@@ -179,7 +179,7 @@ class Args:
     # speed
     num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the update, on cuda also of sampling, in a CUDA graph; auto: cuda, or 10 000 updates on a CPU"""
+    """torch.compile of the update, on cuda in a graph, and of sampling too; auto: cuda, or 10 000 updates on a CPU"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of products: high for TF32 where the device has it, medium for bfloat16 between hidden layers"""
 
@@ -1651,9 +1651,9 @@ def main(args: Args) -> dict[str, Any]:
     # Networks, optimisers, buffers
     networks = make_networks(obs_dim, act_dim, args, device)
     update, optimizers = make_update(args, networks)
-    generators = [networks[name] for name in ("denoiser", "denoiser_ema", "energies")]
+    sampled = [networks[name] for name in ("denoiser", "denoiser_ema", "energies")]
     updates = {
-        alpha: capture(args, accelerate(args, partial(update, cql_alpha=alpha), generators, device), device)
+        alpha: capture(args, accelerate(args, partial(update, cql_alpha=alpha), sampled, device), device)
         for alpha in {args.cql_alpha, args.cql_alpha_online}
     }
     online = Buffer(args.online_steps + 1, data.shape[1], device)

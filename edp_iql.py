@@ -124,7 +124,7 @@ class Args:
     # speed
     num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the update, on cuda also of sampling, in a CUDA graph; auto: cuda, or 10 000 updates on a CPU"""
+    """torch.compile of the update, on cuda in a graph, and of sampling too; auto: cuda, or 10 000 updates on a CPU"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """of products: high for TF32 where the device has it, medium for bfloat16 between hidden layers"""
 

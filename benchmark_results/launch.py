@@ -1,6 +1,6 @@
 """Run a benchmark: runs go on where they were stopped, raw files are kept under benchmark_results/raw.
 
-python benchmark_results/launch.py edp_iql            # three seeds, the bundled sets; EDP-IQL and its parts, IQL
+python benchmark_results/launch.py edp_iql            # three seeds, the bundled sets; all variants
 python benchmark_results/launch.py edp_iql --jobs medium-expert   # only the jobs whose name contains this
 python benchmark_results/launch.py edis_sac           # one pre-trained agent per seed, which every variant goes on with
 python benchmark_results/launch.py edp_iql --env-ids hopper-medium-v2 walker2d-medium-v2 --updates 2000000

@@ -26,8 +26,8 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 LABELS = {
     "edp_iql": "EDP-IQL", "edp_crr": "EDP-CRR", "edp_td3": "EDP-TD3", "bc": "behaviour cloning",
-    "edp_crr_1": "EDP-CRR, one candidate", "edp_td3_1": "EDP-TD3, one candidate",
     "bc_q": "behaviour cloning, selected by Q", "edp_iql_1": "EDP-IQL, one candidate",
+    "edp_crr_1": "EDP-CRR, one candidate", "edp_td3_1": "EDP-TD3, one candidate",
     "weighted": "EDP-IQL, coefficient 1", "weighted_1": "EDP-IQL, coefficient 1, one candidate",
     "elbo": "EDP-IQL, weighted ELBO", "bf16": "EDP-IQL, bfloat16 products",
     "diffusion_ql": "Diffusion-QL, 5 steps", "iql": "IQL, feed-forward", "td3_bc": "TD3+BC, feed-forward",
@@ -42,7 +42,7 @@ COMPARED = ("edis", "synther", "offline", "none")  # in one figure; EDIS and all
 OTHERS = ("edp_crr_1", "edp_td3_1")  # in tables only
 PARTS = ("edp_iql", "bc", "bc_q", "edp_iql_1", "weighted", "weighted_1", "elbo")  # in a figure, three in the other too
 DRAWN = ("bc_q", "edp_iql", "weighted", "elbo")  # policies whose candidates are compared
-SHADES = (0, 2, 4, 6, 3, 5, 12, 1, 18, 19, 8, 1, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
+SHADES = (0, 2, 4, 6, 12, 1, 3, 5, 18, 19, 8, 1, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
 COLOURS = dict(zip(LABELS, map(plt.get_cmap("tab20"), SHADES), strict=True))
 DISTANCES = {  # and the energy that aims at it
     "state": ("states to the recent ones", "state"), "policy": ("actions to the policy's", "policy"),

@@ -5,8 +5,8 @@ several repetitions. The floor is the time that the update's matrix products wou
 products measured in the same process. Accelerated is what --compile on does: the update compiled, on cuda one graph; on
 a CPU measured with twice the threads too. Start-up is that of the script itself, up to its first update,
 once, with nothing compiled before. Writes speed.json, on cuda speed_cuda.json, and the README's tables. Run it on an
-idle machine. On a CPU the peak memory is the process's, interpreter and torch included. On cuda the cases compile side
-by side, and are measured in turn once all have.
+idle machine. On a CPU the peak memory is the process's, interpreter and torch included; on cuda it is that of compiled
+and uncompiled updates together. On cuda the cases compile side by side, and are measured in turn once all have.
 """
 
 import functools
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import tyro
@@ -95,7 +95,7 @@ class Args:
     queued: bool = False
     """with --case: once all is compiled say so, and wait for a line to begin (used by the command itself)"""
     report: bool = False
-    """write the tables of speed.json again, measure nothing"""
+    """write the tables again, measure nothing"""
 
 
 def rate(step: Callable[[], Any], seconds: float, device: torch.device) -> float:
@@ -152,7 +152,8 @@ def measure(name: str, args: Args) -> dict[str, float]:
             call()
         if args.queued:
             print("ready", flush=True)
-            sys.stdin.readline()
+            if not sys.stdin.readline():  # nobody waits for it any more
+                raise SystemExit(1)
 
     batch = {"s": s, "a": a, "next_s": torch.randn_like(s)}
     batch |= {"r": torch.randn(B, device=device), "mask": torch.ones(B, device=device)}
@@ -305,7 +306,8 @@ def main(args: Args) -> None:
             assert process.stdout
             while process.stdout.readline() not in ("ready\n", ""):  # after what the script says
                 pass
-        print(f"{time.strftime('%T')} measuring {len(commands)} cases", flush=True)
+        if len(commands) > 1:
+            print(f"{time.strftime('%T')} measuring {len(commands)} cases", flush=True)
         for command, process in zip(commands, processes, strict=True):
             out, _ = process.communicate("go\n")
             found.append(json.loads(out.splitlines()[-1]) if process.returncode == 0 else {})
@@ -323,12 +325,17 @@ def main(args: Args) -> None:
     script = importlib.import_module(SCRIPTS[0])
     about = script.describe(script.Args(), {}, torch.device(args.device), {})
     about = {name: about[name] for name in ("torch", "device", "commit")}
-    found = json.loads(path.read_text()) if args.only and path.exists() else {"results": {}}
+    settings = {**about, "cores": cores, "threads": args.threads, "matmul_precision": args.matmul_precision}
+    found = json.loads(path.read_text()) if args.only and path.exists() else {**settings, "results": {}}
     names = [name for name in (*UPDATES, *NETWORKS, *SAMPLES, *DECISIONS, *GENERATIONS) if wanted(name)]
     pairs = [(name, precision) for name in COARSE[kind] for precision in PRECISIONS[kind] if wanted("precision")]
+    if not (names or pairs or wanted("start")):
+        fail(f"--only {' '.join(args.only)}: nothing is named so")
+    if names and (other := [key for key, value in settings.items() if found[key] != value]):
+        fail(f"--only: the rows that {path.name} would keep are of another {', '.join(other)}")
     commands = [case(name, args.threads, precision) for name, precision in pairs]
     commands += [case(name, args.threads) for name in names]
-    measured = run(*commands) if cuda else [found for command in commands for found in run(command)]
+    measured = run(*commands) if cuda else [result for command in commands for result in run(command)]
     if pairs:
         found["precision"] = {**about, "results": {}}
     for (name, precision), result in zip(pairs, measured, strict=False):
@@ -347,7 +354,7 @@ def main(args: Args) -> None:
             try:
                 time.sleep(10)  # until they compute
                 for key, threads in (("beside_others", 1), ("beside_others_two_threads", 2)):
-                    results[name][key] = run(case(name, threads))[0]["updates_per_second"]
+                    results[name][key] = run(case(name, threads))[0].get("updates_per_second")
             finally:
                 for process in neighbours:
                     process.kill()
@@ -356,13 +363,15 @@ def main(args: Args) -> None:
         for name, flags in STARTS.items():
             found["start"]["results"][name] = times = {s: start(s, flags, args) for s in SCRIPTS}
             print(name, times, flush=True)
-    if names:
-        found |= {**about, "cores": cores, "threads": args.threads, "matmul_precision": args.matmul_precision}
+    if failed:
+        fail(f"{path.name} stays as it is: failed were {', '.join(failed)}", code=1)
     path.write_text(json.dumps(found, indent=1) + "\n")
     write_tables()
-    if failed:
-        print(f"speed.py: error: failed: {', '.join(failed)}", file=sys.stderr)
-        raise SystemExit(1)
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    print(f"speed.py: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -439,7 +448,7 @@ def tables(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"{found['device']}; {found['threads']} thread of {found['cores']} cores, torch {found['torch']},"
-        + f" `--matmul-precision {found['matmul_precision']}`" * (found["matmul_precision"] != "highest")
+        + f" `--matmul-precision {found['matmul_precision']}`," * (found["matmul_precision"] != "highest")
         + f" commit {found['commit']}.",
         *([] if cuda else ["On a CPU memory is the process's, interpreter and torch included."]),
     ]
