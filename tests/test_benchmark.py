@@ -234,6 +234,26 @@ def test_speed_tables_are_those_of_the_measurement():
         assert speed.tables(json.loads(path.read_text())) == written
 
 
+def test_speed_measures_a_part(copy):
+    """It takes the place of its rows in the file, where these are of the same settings, and in the README."""
+    path = copy / "benchmark_results" / "speed.json"
+    settings = {"commit": None, "matmul_precision": "highest"}
+    flags = ("benchmark_results/speed.py", "--seconds", "0.02", "--only")
+    for only, told in (("nothing", "nothing is named so"), ("one environment", "are of another commit")):
+        done = call(copy, *flags, only)
+        assert done.returncode == 2 and told in done.stderr.splitlines()[-1], done
+    found = json.loads(path.read_text())
+    kept = dict(found["results"])
+    about = edp_iql.describe(edp_iql.Args(), {}, torch.device("cpu"), {})
+    found |= settings | {name: about[name] for name in ("torch", "device")} | {"cores": os.cpu_count()}
+    path.write_text(json.dumps(found))
+    done = call(copy, *flags, "one environment")
+    assert done.returncode == 0, done
+    results = json.loads(path.read_text())["results"]
+    assert {name for name in kept if kept[name] != results[name]} == {"one environment"}
+    assert f"| one environment | {results['one environment']['ms']:.1f} |" in (copy / "README.md").read_text()
+
+
 @pytest.mark.parametrize("case", ["EDP-TD3, DDPM, K = 100", "EDIS, SAC's update", "one environment"])
 def test_speed_measures(case):
     done = call(ROOT, "benchmark_results/speed.py", "--case", case, "--seconds", "0.05")
