@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "edp_td3": [],
         "edp_td3_1": ["--eval-candidates", "1"],
         "diffusion_ql": ["--no-action-approximation", *FEW_STEPS, "--eta", "1"],
+        "diffusion_ql_tau": ["--no-action-approximation", *FEW_STEPS, "--eta", "1", "--tau", "0.005"],  # its authors'
         "td3_bc": ["--eta", "2.5", "--observation-transform", "per-dimension"],
     },
     "edis_sac": {

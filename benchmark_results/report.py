@@ -30,7 +30,8 @@ LABELS = {
     "edp_crr_1": "EDP-CRR, one candidate", "edp_td3_1": "EDP-TD3, one candidate",
     "weighted": "EDP-IQL, coefficient 1", "weighted_1": "EDP-IQL, coefficient 1, one candidate",
     "elbo": "EDP-IQL, weighted ELBO", "bf16": "EDP-IQL, bfloat16 products",
-    "diffusion_ql": "Diffusion-QL, 5 steps", "iql": "IQL, feed-forward", "td3_bc": "TD3+BC, feed-forward",
+    "diffusion_ql": "Diffusion-QL, 5 steps", "diffusion_ql_tau": "Diffusion-QL, target rate 0.005",
+    "iql": "IQL, feed-forward", "td3_bc": "TD3+BC, feed-forward",
     "edis": "EDIS", "synther": "SynthER, without energies", "offline": "real offline data instead",
     "none": "online data only", "edis_no_state": "EDIS without E1", "edis_no_policy": "EDIS without E2",
     "edis_no_transition": "EDIS without E3", "edis_no_energies": "EDIS without energies",
@@ -39,10 +40,10 @@ LABELS = {
 }  # fmt: skip
 FORWARD = ("iql", "td3_bc")  # no diffusion
 COMPARED = ("edis", "synther", "offline", "none")  # in one figure; EDIS and all that is not listed in another
-OTHERS = ("edp_crr_1", "edp_td3_1")  # in tables only
+OTHERS = ("edp_crr_1", "edp_td3_1", "diffusion_ql_tau")  # in tables only
 PARTS = ("edp_iql", "bc", "bc_q", "edp_iql_1", "weighted", "weighted_1", "elbo")  # in a figure, three in the other too
 DRAWN = ("bc_q", "edp_iql", "weighted", "elbo")  # policies whose candidates are compared
-SHADES = (0, 2, 4, 6, 12, 1, 3, 5, 18, 19, 8, 1, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
+SHADES = (0, 2, 4, 6, 12, 1, 3, 5, 18, 19, 8, 1, 14, 15, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
 COLOURS = dict(zip(LABELS, map(plt.get_cmap("tab20"), SHADES), strict=True))
 DISTANCES = {  # and the energy that aims at it
     "state": ("states to the recent ones", "state"), "policy": ("actions to the policy's", "policy"),
