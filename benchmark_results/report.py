@@ -40,10 +40,10 @@ LABELS = {
 }  # fmt: skip
 FORWARD = ("iql", "td3_bc")  # no diffusion
 COMPARED = ("edis", "synther", "offline", "none")  # in one figure; EDIS and all that is not listed in another
-OTHERS = ("edp_crr_1", "edp_td3_1", "diffusion_ql_tau")  # in tables only
+OTHERS = ("edp_crr_1", "edp_td3_1")  # in tables only
 PARTS = ("edp_iql", "bc", "bc_q", "edp_iql_1", "weighted", "weighted_1", "elbo")  # in a figure, three in the other too
 DRAWN = ("bc_q", "edp_iql", "weighted", "elbo")  # policies whose candidates are compared
-SHADES = (0, 2, 4, 6, 12, 1, 3, 5, 18, 19, 8, 1, 14, 15, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
+SHADES = (0, 2, 4, 6, 12, 1, 3, 5, 18, 19, 8, 1, 14, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
 COLOURS = dict(zip(LABELS, map(plt.get_cmap("tab20"), SHADES), strict=True))
 DISTANCES = {  # and the energy that aims at it
     "state": ("states to the recent ones", "state"), "policy": ("actions to the policy's", "policy"),
@@ -386,7 +386,10 @@ def main() -> None:
         tables["candidates"] = candidates_table(offered, 2)
         kept = {"promised": "promised by Q", "delivered": "delivered", "return": "undiscounted return"}
         tables["candidates, played"] = candidates_table(kept, 0)
-        draw(only(edp, lambda v: v not in (*PARTS[3:], *OTHERS)), statistics, "updates", HERE / "learning_curves.png")
+        curves = only(edp, lambda v: v not in (*PARTS[3:], *OTHERS))
+        for variants in curves.values():  # of the two, the one with its authors' target rate, where there is one
+            variants.pop("diffusion_ql" if "diffusion_ql_tau" in variants else "", None)
+        draw(curves, statistics, "updates", HERE / "learning_curves.png")
         if parted := {env_id: variants for env_id, variants in edp.items() if {*variants} & {*PARTS[2:]}}:
             draw(only(parted, PARTS.__contains__), statistics, "updates", HERE / "edp_iql_parts.png")
     if edis:
