@@ -1,12 +1,14 @@
-"""What the policies of EDP-IQL's parts offer to the selection by Q: python benchmark_results/candidates.py
+"""What policies offer to the selection by Q, of EDP-IQL's parts and EDP-TD3: python benchmark_results/candidates.py
 
 Takes the checkpoints that launch.py left in runs/benchmark of the runs in raw, of the variants below, draws ten
 candidates in each of 2000 states of the run's data, and measures how they differ from each other and from the action of
 the data, what the run's own critics say of them, and how much of the data the run's weights leave. Then plays 20
 episodes, as evaluation does with ten candidates, and compares what the critics promise for each action with the return
-that follows. Writes candidates.json; then report.py for the table.
+that follows. And 20 with one candidate, and with ten that the critics of other runs on the same data and seed select.
+Writes candidates.json; then report.py for the tables.
 """
 
+import importlib
 import json
 import sys
 from dataclasses import dataclass, replace
@@ -24,7 +26,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import edp_iql as edp  # noqa: E402
 
-VARIANTS = ("bc_q", "edp_iql_1", "edp_iql", "weighted", "elbo")  # edp_iql_1: the policy of edp_iql of the same seed
+# and their scripts; edp_iql_1: on the same device, the policy of edp_iql of the same seed
+VARIANTS = dict.fromkeys(("bc_q", "edp_iql_1", "edp_iql", "weighted", "elbo"), "edp_iql") | {"edp_td3": "edp_td3"}
+JUDGES = ("bc_q", "edp_td3")  # whose critics select among every policy's candidates
 
 
 @dataclass
@@ -113,10 +117,23 @@ def play(
     return {name: round(value, 4) for name, value in played.items()}
 
 
+def load_networks(variant: str, saved: dict[str, Any], obs_dim: int, act_dim: int) -> dict[str, Any]:
+    networks = importlib.import_module(VARIANTS[variant]).make_networks(obs_dim, act_dim, torch.device("cpu"))
+    for name, network in networks.items():
+        network.load_state_dict(saved[name])
+    return dict(networks)
+
+
 @torch.no_grad()
-def measure_run(saved: dict[str, Any], states: int, candidates: int, episodes: int) -> dict[str, float]:
-    """The candidates of a checkpoint's policy, by its own critics, and what becomes of the selected ones."""
-    device, args = edp.set_up(edp.Args(device="cpu")), edp.Args(**saved["args"])
+def measure_run(
+    variant: str, found: dict[str, dict[str, Any]], states: int, candidates: int, episodes: int
+) -> dict[str, float]:
+    """The candidates of a variant's policy, by its own critics, and what becomes of the selected ones; alone: of one.
+
+    Of the checkpoints found, by variant, the others' critics select too.
+    """
+    device, saved = edp.set_up(edp.Args(device="cpu")), found[variant]
+    args = importlib.import_module(VARIANTS[variant]).Args(**saved["args"])
     columns, make_env, _, source = edp.load_task(args)
     if not make_env or source["sha256"] != saved["dataset"]["sha256"]:
         raise ValueError("its data are no longer there")
@@ -127,9 +144,7 @@ def measure_run(saved: dict[str, Any], states: int, candidates: int, episodes: i
     s, a = transitions[torch.randint(len(transitions), (states,), generator=generator)].split(
         [obs_dim, act_dim, obs_dim + 2], dim=1
     )[:2]
-    networks = edp.make_networks(obs_dim, act_dim, device)
-    for name, network in networks.items():
-        network.load_state_dict(saved[name])
+    networks = load_networks(variant, saved, obs_dim, act_dim)
     diffusion = edp.Diffusion(
         args.diffusion_steps, args.sampler, args.sampler_steps, args.solver_order, device, args.beta_schedule
     )
@@ -137,14 +152,27 @@ def measure_run(saved: dict[str, Any], states: int, candidates: int, episodes: i
     noise = torch.randn(diffusion.draws, len(every), act_dim, generator=generator)
     x, critic = diffusion.sample(networks["policy"], every, noise).clamp(-1, 1), networks["critic"]
     q, q_a = critic.min(every, x).view(states, candidates), critic.min(s, a)
-    v = networks["value"](s)[:, 0]
-    f = edp.iql_weight(networks["critic_target"].min(s, a), v, args.inverse_temperature, args.weight_cap)
-    found = {"effective": effective(f), **measure(x.view(states, candidates, act_dim), q, a, q_a)}
+    f = torch.ones(states)  # EDP-TD3 has no weights
+    if "value" in networks:
+        v = networks["value"](s)[:, 0]
+        f = edp.iql_weight(networks["critic_target"].min(s, a), v, args.inverse_temperature, args.weight_cap)
+    values = {"effective": effective(f), **measure(x.view(states, candidates, act_dim), q, a, q_a)}
     envs = [Recorded(env) for env in edp.make_envs(make_env, replace(args, eval_episodes=episodes))]
-    select = partial(
-        edp.select_actions, diffusion, networks["policy"], critic, candidates=candidates, generator=generator
-    )
-    return found | play(select, critic, envs, transform, args.gamma)
+
+    def played(critic: Any, n: int) -> dict[str, float]:
+        select = partial(
+            edp.select_actions, diffusion, networks["policy"], critic, candidates=n, generator=generator.manual_seed(1)
+        )
+        return play(select, critic, envs, transform, args.gamma)
+
+    values |= played(critic, candidates) | {"alone": played(critic, 1)["return"]}
+    for judge in JUDGES:
+        if judge == variant:
+            values[f"by_{judge}"] = values["return"]
+        elif judge in found:
+            critic = load_networks(judge, found[judge], obs_dim, act_dim)["critic"]
+            values[f"by_{judge}"] = played(critic, candidates)["return"]
+    return values
 
 
 def main(args: Args) -> None:
@@ -153,23 +181,37 @@ def main(args: Args) -> None:
     before = json.loads(file.read_text()) if file.exists() else {}
     kept: dict[str, dict[str, float]] = before.pop("runs", {})
     found: dict[str, dict[str, float]] = {}
+
+    def leave_out(name: str, error: BaseException) -> None:
+        """SystemExit: the script has told why."""
+        print(f"{name}: left out: {error}", file=sys.stderr)
+        if isinstance(error, ValueError):  # what was measured was another run
+            kept.pop(name, None)
+
+    checkpoints: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}  # of a data set and seed, by variant
     for folder in sorted(args.runs_dir.glob("*__*__*")):
+        env_id, variant, seed = folder.name.split("__")
         runs = sorted(folder.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-        if runs and folder.name.split("__")[1] in VARIANTS:
+        if runs and variant in VARIANTS:
             raw = HERE / "raw" / folder.name
             try:
-                saved = edp.load_checkpoint(str(runs[-1]))
+                saved = importlib.import_module(VARIANTS[variant]).load_checkpoint(str(runs[-1]))
                 result, made = (json.loads((raw / f"{name}.json").read_text()) for name in ("result", "args"))
                 if (saved["progress"]["step"], saved["dataset"]["sha256"]) != (
                     result["updates"], made["dataset"]["sha256"],
                 ):  # fmt: skip
                     raise ValueError("not the run in raw")
-                found[folder.name] = measure_run(saved, **about)
-                print(folder.name, found[folder.name])
-            except (OSError, ValueError, SystemExit) as error:  # the last of edp, which has told why
-                print(f"{folder.name}: left out: {error}", file=sys.stderr)
-                if isinstance(error, ValueError):  # what was measured was another run
-                    kept.pop(folder.name, None)
+                checkpoints.setdefault((env_id, seed), {})[variant] = saved
+            except (OSError, ValueError, SystemExit) as error:
+                leave_out(folder.name, error)
+    for (env_id, seed), variants in checkpoints.items():
+        for variant in variants:
+            name = f"{env_id}__{variant}__{seed}"
+            try:
+                found[name] = measure_run(variant, variants, **about)
+                print(name, found[name])
+            except (OSError, ValueError, SystemExit) as error:
+                leave_out(name, error)
     if not found:
         print(f"candidates.py: error: no finished run of {', '.join(VARIANTS)} in {args.runs_dir}", file=sys.stderr)
         raise SystemExit(2)

@@ -42,7 +42,7 @@ FORWARD = ("iql", "td3_bc")  # no diffusion
 COMPARED = ("edis", "synther", "offline", "none")  # in one figure; EDIS and all that is not listed in another
 OTHERS = ("edp_crr_1", "edp_td3_1")  # in tables only
 PARTS = ("edp_iql", "bc", "bc_q", "edp_iql_1", "weighted", "weighted_1", "elbo")  # in a figure, three in the other too
-DRAWN = ("bc_q", "edp_iql", "weighted", "elbo")  # policies whose candidates are compared
+DRAWN = ("bc_q", "edp_iql", "weighted", "elbo", "edp_td3")  # policies whose candidates are compared
 SHADES = (0, 2, 4, 6, 12, 1, 3, 5, 18, 19, 8, 1, 14, 14, 8, 10, 0, 2, 4, 6, 8, 10, 12, 18, 3, 14, 16)
 COLOURS = dict(zip(LABELS, map(plt.get_cmap("tab20"), SHADES), strict=True))
 DISTANCES = {  # and the energy that aims at it
@@ -172,10 +172,12 @@ def seeds_table(runs: Runs) -> list[str]:
 
 
 def candidates_table(keys: dict[str, str], decimals: int) -> list[str]:
-    """What ten candidates offer to the selection by Q, or what it returns, of candidates.json: means over seeds."""
+    """What candidates offer to the selection by Q, or what it returns, of candidates.json: means over seeds."""
     rows: dict[str, dict[str, list[tuple[float, ...]]]] = {}
     found = json.loads((HERE / "candidates.json").read_text())["runs"]
     for name, values in found.items():
+        if not values.keys() >= {*keys}:  # measured before these were
+            continue
         env_id, variant, seed = name.split("__")
         if variant == "edp_iql_1" and f"{env_id}__edp_iql__{seed}" not in found:  # trained alike
             variant = "edp_iql"
@@ -386,6 +388,8 @@ def main() -> None:
         tables["candidates"] = candidates_table(offered, 2)
         kept = {"promised": "promised by Q", "delivered": "delivered", "return": "undiscounted return"}
         tables["candidates, played"] = candidates_table(kept, 0)
+        judged = {"by_bc_q": "selected by cloning's Q", "by_edp_td3": "by EDP-TD3's Q", "alone": "one candidate"}
+        tables["candidates, judged"] = candidates_table(judged, 0)
         curves = only(edp, lambda v: v not in (*PARTS[3:], *OTHERS))
         for variants in curves.values():  # of the two, the one with its authors' target rate, where there is one
             variants.pop("diffusion_ql" if "diffusion_ql_tau" in variants else "", None)

@@ -21,6 +21,7 @@ from conftest import ROOT, make_columns, write_hdf5
 from matplotlib.pyplot import imread
 
 import edp_iql
+import edp_td3
 
 
 @pytest.fixture
@@ -261,7 +262,7 @@ def test_speed_measures(case):
 
 
 def test_candidates(tmp_path, monkeypatch):
-    """Two candidates in one state by hand, and an episode; then those of a run, which must be the one in raw."""
+    """Two candidates in one state by hand, and an episode; then those of two runs, which must be the ones in raw."""
     sys.path.insert(0, str(ROOT / "benchmark_results"))
     import candidates
 
@@ -297,22 +298,41 @@ def test_candidates(tmp_path, monkeypatch):
     expected = np.mean([1, 12.5, 0.5, 5.5, 10.5, 15.5, 20.5]), np.mean([2 + 7 / 16, 7, *second]), (4.5 + 10.5) / 2
     assert list(played.values()) == pytest.approx(expected, abs=1e-3)
 
-    work, raw = (tmp_path / kind / "hopper-medium-replay-mini__bc_q__0" for kind in ("runs", "raw"))
-    run = edp_iql.main(edp_iql.parse_args(f"--num-updates 2 --compile off --runs-dir {work}".split()))["run_dir"]
+    raws, weights = {}, {}
+    for variant, script in (("bc_q", edp_iql), ("edp_td3", edp_td3)):
+        name = f"hopper-medium-replay-mini__{variant}__0"
+        flags = f"--num-updates 2 --compile off --runs-dir {tmp_path}/runs/{name}"
+        run = script.main(script.parse_args(flags.split()))["run_dir"]
+        raws[variant] = shutil.copytree(run, tmp_path / "raw" / name)
+        weights[variant] = script.load_checkpoint(run)["critic"]["q1.layers.0.weight"]
+    plays, play = [], candidates.play
+
+    def recorded(select, critic, *rest):
+        assert select.args[2] is critic
+        chosen = [name for name, weight in weights.items() if torch.equal(critic.q1.layers[0].weight, weight)]
+        plays.append((select.keywords["candidates"], *chosen))
+        return play(select, critic, *rest)
+
     monkeypatch.setattr(candidates, "HERE", tmp_path)
-    shutil.copytree(run, raw)
-    candidates.main(candidates.Args(runs_dir=work.parent, states=3, episodes=2))
-    (values,) = json.loads((tmp_path / "candidates.json").read_text())["runs"].values()
+    monkeypatch.setattr(candidates, "play", recorded)
+    args = candidates.Args(runs_dir=tmp_path / "runs", states=3, episodes=2)
+    candidates.main(args)
+    values = list(json.loads((tmp_path / "candidates.json").read_text())["runs"].values())
+    assert plays == [(10, "bc_q"), (1, "bc_q"), (10, "edp_td3"), (10, "edp_td3"), (1, "edp_td3"), (10, "bc_q")]
+    assert all(v.keys() == {"effective", *found, *played, "alone", "by_bc_q", "by_edp_td3"} for v in values)
+    assert all(map(np.isfinite, [x for v in values for x in v.values()]))
+    assert values[0]["effective"] < values[1]["effective"] == 1
+    assert values[0]["by_bc_q"] == values[0]["return"] and values[1]["by_edp_td3"] == values[1]["return"]
     assert candidates.effective(torch.tensor([1.0, 1.0, 1.0, 3.0])) == 0.75  # 6^2 / 12 of 4
-    assert (
-        values.keys() == {"effective", *found, *played}
-        and values["effective"] < 1
-        and all(map(np.isfinite, values.values()))
-    )
-    result = raw / "result.json"
+
+    result = raws["bc_q"] / "result.json"
     result.write_text(result.read_text().replace('"updates": 2', '"updates": 3'))  # the checkpoint is of another run
+    candidates.main(args)
+    (name, left), *others = json.loads((tmp_path / "candidates.json").read_text())["runs"].items()
+    assert "edp_td3" in name and "by_bc_q" not in left and not others
+    shutil.rmtree(raws["edp_td3"])
     with pytest.raises(SystemExit):
-        candidates.main(candidates.Args(runs_dir=work.parent))
+        candidates.main(args)
 
 
 @pytest.mark.parametrize("damage", ["unknown", "unfinished", "shorter", "other data"])
