@@ -130,7 +130,7 @@ def measure_run(
 ) -> dict[str, float]:
     """The candidates of a variant's policy, by its own critics, and what becomes of the selected ones; alone: of one.
 
-    Of the checkpoints found, by variant, the others' critics select too.
+    Of the checkpoints found, by variant, the judges' critics select too, if they see states and rewards alike.
     """
     device, saved = edp.set_up(edp.Args(device="cpu")), found[variant]
     args = importlib.import_module(VARIANTS[variant]).Args(**saved["args"])
@@ -169,7 +169,7 @@ def measure_run(
     for judge in JUDGES:
         if judge == variant:
             values[f"by_{judge}"] = values["return"]
-        elif judge in found:
+        elif judge in found and all(map(torch.equal, found[judge]["transform"], saved["transform"])):
             critic = load_networks(judge, found[judge], obs_dim, act_dim)["critic"]
             values[f"by_{judge}"] = played(critic, candidates)["return"]
     return values
@@ -190,7 +190,7 @@ def main(args: Args) -> None:
 
     checkpoints: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}  # of a data set and seed, by variant
     for folder in sorted(args.runs_dir.glob("*__*__*")):
-        env_id, variant, seed = folder.name.split("__")
+        env_id, variant, seed, *_ = folder.name.split("__")
         runs = sorted(folder.glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
         if runs and variant in VARIANTS:
             raw = HERE / "raw" / folder.name
@@ -215,7 +215,11 @@ def main(args: Args) -> None:
     if not found:
         print(f"candidates.py: error: no finished run of {', '.join(VARIANTS)} in {args.runs_dir}", file=sys.stderr)
         raise SystemExit(2)
-    found = {**(kept if before == about else {}), **found}  # checkpoints are large: those of some runs can be gone
+    if before == about:  # checkpoints are large: those of some runs can be gone, and of some that judged
+        for name, values in found.items():
+            if values["q"] == kept.get(name, {}).get("q"):  # of the same run
+                found[name] = {**kept[name], **values}
+        found = {**kept, **found}
     file.write_text(json.dumps({**about, "runs": dict(sorted(found.items()))}, indent=1) + "\n")
 
 
