@@ -156,6 +156,23 @@ def results_table(runs: Runs, statistics: dict[str, Any], unit: str) -> list[str
     return by_data("algorithm | seeds | last | mean of last 10 | best | IQM of last [95 %]", rows)
 
 
+def summary_table(runs: Runs, statistics: dict[str, Any]) -> list[str]:
+    """Means over seeds of the last ten evaluations as multiples of the data's; how many seeds, if not three."""
+    lines = [f"| | {' | '.join(env_id.removesuffix('-mini').replace('-', ' ', 1) for env_id in runs)} |"]
+    lines.append("|---" * (len(runs) + 1) + "|")
+    for variant in LABELS:
+        cells = []
+        for env_id, variants in runs.items():
+            seeds = variants.get(variant, {})
+            jobs = finished(seeds)
+            share = np.mean([np.mean(job.online[-10:]) for job in jobs] or 0) / statistics[env_id]["return_mean"]
+            n = f"{len(jobs)} of {len(seeds)}" if len(jobs) < len(seeds) else f"{len(jobs)}"
+            cells.append(f"{share:.1f}" + f" ({n})" * (n != "3") if jobs else "diverged" if seeds else "-")
+        if {*cells} != {"-"}:
+            lines.append(f"| {LABELS[variant]} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def seeds_table(runs: Runs) -> list[str]:
     """Of each seed: the mean of the last ten evaluations; of diffusion policies the loss over the second half too."""
     table: dict[str, list[str]] = {}
@@ -391,6 +408,7 @@ def main() -> None:
         judged = {"by_bc_q": "selected by cloning's Q", "by_edp_td3": "by EDP-TD3's Q", "alone": "one candidate"}
         tables["candidates, judged"] = candidates_table(judged, 0)
         curves = only(edp, lambda v: v not in (*PARTS[3:], *OTHERS))
+        tables["EDP, summary"] = summary_table(curves, statistics)
         for variants in curves.values():  # of the two, the one with its authors' target rate, where there is one
             variants.pop("diffusion_ql" if "diffusion_ql_tau" in variants else "", None)
         draw(curves, statistics, "updates", HERE / "learning_curves.png")

@@ -428,7 +428,7 @@ def test_edis_tables():
 
 def test_results_table():
     """Rows of a data set that are shorter than its others say so; what diverged is counted."""
-    from benchmark_results.report import Job, results_table
+    from benchmark_results.report import Job, results_table, summary_table
 
     def job(value, end):
         return Job([0, end // 2, end], [9.0, value, 2 * value], [value, 3 * value], {}, [])
@@ -440,6 +440,17 @@ def test_results_table():
         "| EDP-IQL `edp_iql` | 1, 1 diverged | 2 | 2 | 2 | 2 |",
         "| behaviour cloning `bc`, 40 updates | 2 | 6 ± 3 | 4 ± 2 | 6 ± 3 | 5 [2, 12] |",
         "| IQL, feed-forward `iql` | 0, 1 diverged | - | - | - | - |",
+    ]
+
+    mini, other = {**variants, "iql": {"0": None}}, {"bc": dict.fromkeys("012", job(1.0, 20))}
+    statistics = {"hopper-medium-mini": {"return_mean": 0.5}, "b-mini": {"return_mean": 3.0}}
+    assert summary_table({"hopper-medium-mini": mini, "b-mini": other}, statistics) == [
+        "| | hopper medium | b |",
+        "|---|---|---|",
+        "| EDP-IQL | 3.0 (1 of 2) | - |",
+        "| behaviour cloning | 9.0 (2) | 0.5 |",
+        "| IQL, feed-forward | diverged | - |",
+        "",
     ]
 
 
