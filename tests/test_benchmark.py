@@ -336,10 +336,9 @@ def test_candidates(tmp_path, monkeypatch):
         candidates.main(args)
 
 
-@pytest.mark.parametrize("damage", ["unknown", "unfinished", "shorter", "other data"])
+@pytest.mark.parametrize("damage", ["unknown", "unfinished", "shorter", "other data", "README"])
 def test_report_names_a_bad_folder(copy, damage):
-    """And leaves the README as it was."""
-    before = (copy / "README.md").read_text()
+    """Or the marker that the README lacks, and leaves the README as it was."""
     name = "hopper-medium-replay-mini__bc__0"
     folder = copy / "benchmark_results" / "raw" / name
     if damage == "unknown":
@@ -350,10 +349,14 @@ def test_report_names_a_bad_folder(copy, damage):
         text, n = re.subn(r'("sha256": )"\w+"', r'\g<1>"0"', (folder / "args.json").read_text())
         assert n == 1
         (folder / "args.json").write_text(text)
+    elif damage == "README":
+        name = "report.py: EDP, seeds"
+        (copy / "README.md").write_text((copy / "README.md").read_text().replace(name, "report.py: EDP, every seed"))
     else:
         rows = (folder / "evaluations.csv").read_text().splitlines(keepends=True)
         (folder / "evaluations.csv").write_text("".join(rows[:-10]))
         name = name[:-3]
+    before = (copy / "README.md").read_text()
     failed = call(copy, "benchmark_results/report.py")
     assert failed.returncode == 2 and name in failed.stderr and failed.stderr.count("\n") == 1, failed
     assert (copy / "README.md").read_text() == before
@@ -462,10 +465,13 @@ def test_d4rl_table():
         return Job([1], [0.0], [0.0], {"normalized_score": {"mean_of_last_10": score}, "updates": 100}, [])
 
     runs = {"hopper-medium-v2": {"iql": {"0": job(1.0), "1": job(2.0)}, "edp_iql": {"0": job(3.0), "1": None}}}
-    lines = d4rl_table({**runs, "walker2d-medium-v2": {"edp_crr": {"0": None, "1": None}}})
+    others = {"walker2d-medium-v2": {"edp_crr": {"0": None, "1": None}}, "ant-medium-v2": {"edp_crr": {"0": job(4.0)}}}
+    unscored = Job([1], [0.0], [0.0], {"normalized_score": None, "return": {"mean_of_last_10": 5}, "updates": 7}, [])
+    lines = d4rl_table({**runs, **others, "a_b": {"edp_crr": {"0": unscored}}})
     assert any(line.startswith("| hopper-medium-v2 |") and "| 1.5 (2, 100) |" in line for line in lines)
     assert any(line.endswith("| 3.0 (1 of 2, 100) |") for line in lines)
     assert any(line.startswith("| walker2d-medium-v2 |") and line.endswith("| all of 2 diverged |") for line in lines)
+    assert {"| ant-medium-v2 | - | 4.0 (1, 100) |", "| a_b | - | return 5.0 (1, 7) |"} <= {*lines}
 
 
 def test_seeds_table():
