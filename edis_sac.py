@@ -164,7 +164,7 @@ class Args:
     energy_lr: float = 1e-3  # Adam's learning rate, energies and models, falling to 0 by a cosine in each round
     negatives: int = 10  # negatives of each positive
     conditional_negatives: Literal["joint", "inpainted"] = "joint"
-    """of E2 and E3: noised samples of p(s, a, s'), as derived above; the paper's, a of p(a|s) and s' of p(s'|s, a)"""
+    """of E2 and E3: noised samples of p(s, a, s') (see the header); the paper's, a of p(a|s) and s' of p(s'|s, a)"""
     inpainting_repeats: int = 10  # times that each level of noise is gone through for inpainted negatives
     positive_buffer: int = 10_000  # most recent transitions that the energies' positives come from
     pool: int = 10_000  # unguided samples that negatives come from; inpainted, of pool / negatives conditions
@@ -181,7 +181,7 @@ class Args:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the update, on cuda in a graph, and of sampling too; auto: cuda, or 10 000 updates on a CPU"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of products: high for TF32 where the device has it, medium for bfloat16 between hidden layers"""
+    """of products: high for TF32, medium for bfloat16 between hidden layers, slow where the processor has none"""
 
     @property
     def num_updates(self) -> int:
@@ -194,7 +194,7 @@ class Args:
 # above names; its scales belong to other energies.
 # Small sets: found on Hopper, for half an hour on a CPU. CQL: in so few updates Q stays below the data's returns, where
 # Cal-QL leaves the policy's actions alone; without a penalty online Q outgrows what can be reached. At a gamma of 0.99
-# the medium policy, which falls after some 330 steps, is worth as much as the expert. The first 1000 online transitions
+# the medium policy, which falls after some 340 steps, is worth as much as the expert. The first 1000 online transitions
 # are 1 % of the data: guided there, a denoiser that sees all alike errs more in s'. Of the noises that it trains on,
 # 1 of 250 is outside the levels' range. Episodes of one evaluation hardly differ, evaluations do: many of few episodes.
 MINI = {

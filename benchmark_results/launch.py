@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from queue import Queue
+from types import ModuleType
 from typing import Any, Literal
 
 import submitit
@@ -46,7 +47,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "weighted": ["--guidance-coef", "1"],
         "weighted_1": ["--guidance-coef", "1", "--eval-candidates", "1"],
         "elbo": ["--likelihood", "elbo", "--guidance-coef", "3"],  # the official code's strength, about
-        "bf16": ["--matmul-precision", "medium", "--num-updates", "20000"],  # compared over these only
+        "bf16": ["--matmul-precision", "medium"],
     },
     "edp_crr": {"edp_crr": [], "edp_crr_1": ["--eval-candidates", "1"]},
     "edp_td3": {
@@ -67,6 +68,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     },
 }
 BASELINES = {"iql": "iql", "td3_bc": "td3_bc", "exact": "exact", "exact_no_state": "exact"}  # with files of their own
+BF16_UPDATES = 20_000  # compared over these only
 KEPT = ("args.json", "evaluations.csv", "metrics.jsonl")
 ROW = {"eval_candidates", "eval_episodes", "eval_every", "matmul_precision"}  # may change on resume, not within a row
 STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a run that was stopped; the first two saved
@@ -102,6 +104,8 @@ class Args:
     """only jobs whose name contains this"""
     runs_dir: Path = ROOT / "runs" / "benchmark"
     """where runs are made, and stay"""
+    raw_dir: Path = ROOT / "benchmark_results" / "raw"
+    """where the raw files of finished runs go; report.py shows those in the default folder"""
 
 
 def same_data(env_id: str, dataset: dict[str, str]) -> bool:
@@ -131,8 +135,8 @@ def call(command: list[str], log: Path, stop: Path) -> int:
 class Launcher:
     """Starts runs, `workers` at a time; the threads here only wait."""
 
-    def __init__(self, args: Args) -> None:
-        self.args, self.script = args, importlib.import_module(args.script)
+    def __init__(self, args: Args, script: ModuleType) -> None:
+        self.args, self.script = args, script
         self.executor = submitit.AutoExecutor(args.runs_dir / "submitit", cluster=args.executor)
         hours = 10_000 if args.executor == "local" else args.slurm_hours
         self.executor.update_parameters(timeout_min=60 * hours, gpus_per_node=args.gpus or None)
@@ -209,7 +213,7 @@ class Launcher:
 
     def run(self, name: str, flags: list[str], agent: Future[tuple[int, Path]] | None) -> str:
         """One job, with the pre-trained agent that it goes on with; what became of it."""
-        raw, work = ROOT / "benchmark_results" / "raw" / name, self.args.runs_dir / name
+        raw, work = self.args.raw_dir / name, self.args.runs_dir / name
         if self.is_done(raw, flags):
             return "done before"
         code, folder = agent.result() if agent else (0, None)
@@ -226,7 +230,9 @@ class Launcher:
         part.mkdir()
         for file in (*KEPT, "result.json" if code == 0 else "diagnostics.json"):
             if folder and (folder / file).exists():  # without this machine's paths
-                (part / file).write_text((folder / file).read_text().replace(f"{ROOT}/", ""))
+                text = (folder / file).read_text().replace(f"{self.args.runs_dir}/", "runs/benchmark/")
+                (part / file).write_text(text.replace(f"{ROOT}/", ""))
+        raw.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(raw, ignore_errors=True)
         shutil.move(part, raw)
         if code == 3:
@@ -234,24 +240,35 @@ class Launcher:
         return f"return {json.loads((raw / 'result.json').read_text())['return']}"
 
 
-def main(args: Args) -> None:
-    sys.path.insert(0, str(ROOT))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runs on this machine, which save
+def all_jobs(args: Args, script: ModuleType) -> dict[str, list[str]]:
+    """Names of the jobs and the flags of their runs."""
     jobs: dict[str, list[str]] = {}
     for seed in range(args.seeds):
         for env_id in args.env_ids or SETS[args.script]:
+            resolved: list[Any] = []
             for variant, flags in VARIANTS[args.script].items():
                 common = ["--env-id", env_id, "--seed", str(seed), "--exp-name", variant]
                 if args.script == "edis_sac":
                     common += ["--online-steps", str(args.online_steps)]
                 else:
-                    common += ["--num-updates", str(args.updates), "--eval-every", "10000"]
-                jobs[f"{env_id}__{variant}__{seed}"] = common + flags
-    jobs = {name: flags for name, flags in jobs.items() if args.jobs in name}
+                    updates = min(args.updates, BF16_UPDATES) if variant == "bf16" else args.updates
+                    common += ["--num-updates", str(updates), "--eval-every", "10000"]
+                run = (BASELINES.get(variant), {**vars(script.parse_args(common + flags)), "exp_name": ""})
+                if run not in resolved:  # where the preset has the variant's values it is another's run again
+                    jobs[f"{env_id.replace('/', '_')}__{variant}__{seed}"] = common + flags
+                resolved.append(run)
+    return jobs
+
+
+def main(args: Args) -> None:
+    sys.path.insert(0, str(ROOT))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runs on this machine, which save
+    args.runs_dir, script = args.runs_dir.resolve(), importlib.import_module(args.script)
+    jobs = {name: flags for name, flags in all_jobs(args, script).items() if args.jobs in name}
     if not jobs:
         print(f"launch.py: error: no job's name contains {args.jobs!r}", file=sys.stderr)
         raise SystemExit(2)
-    launcher, failed = Launcher(args), 0
+    launcher, failed = Launcher(args, script), 0
 
     def end(*_: Any) -> None:
         """Interrupt the runs, which would go on without this process, and begin no further one."""
@@ -271,7 +288,7 @@ def main(args: Args) -> None:
         agents: dict[str, Future[tuple[int, Path]]] = {}  # pre-trained, one for the variants of a data set and seed
         if args.script == "edis_sac":
             for name, flags in jobs.items():
-                if not launcher.is_done(ROOT / "benchmark_results" / "raw" / name, flags):
+                if not launcher.is_done(args.raw_dir / name, flags):
                     shared = "__pretrained__".join(name.split("__")[::2])
                     offline = [*flags[:4], "--online-steps", "0"]
                     if shared not in agents:

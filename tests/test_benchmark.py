@@ -20,6 +20,7 @@ import torch
 from conftest import ROOT, make_columns, write_hdf5
 from matplotlib.pyplot import imread
 
+import edis_sac
 import edp_iql
 import edp_td3
 
@@ -52,6 +53,11 @@ def test_launch(copy):
     assert kept["args"]["inverse_temperature"]["value"] == 0 and kept["args"]["compile"]["value"] == "off"
     assert str(copy) not in (raw / "hopper-medium-replay-mini__bc__0" / "args.json").read_text()
     assert "done before" in call(copy, *command).stdout
+    trial = call(copy, *command, "--runs-dir", "trial", "--raw-dir", "trial/raw", "--updates", "3")
+    assert trial.returncode == 0, trial
+    assert json.loads((raw / "hopper-medium-replay-mini__bc__0" / "result.json").read_text())["updates"] == 2
+    result = (copy / "trial" / "raw" / "hopper-medium-replay-mini__bc__0" / "result.json").read_text()
+    assert json.loads(result)["updates"] == 3 and json.loads(result)["run_dir"].startswith("runs/benchmark/hopper-")
     report = call(copy, "benchmark_results/report.py")
     assert "mini: 2 updates" in report.stdout and "| behaviour cloning `bc` | 1 |" in report.stdout, report
 
@@ -212,6 +218,24 @@ def test_flags_of_the_variants():
             args = script.parse_args(["--env-id", launch.SETS[name][0], "--exp-name", variant, *flags])
             script.check_args(args)
             assert args.exp_name == variant
+
+
+def test_jobs():
+    """A variant whose values the preset has is another's run again; the exact energies' is not EDIS's."""
+    sys.path.insert(0, str(ROOT / "benchmark_results"))
+    import launch
+
+    args = launch.Args(script="edp_td3", env_ids=["hopper-medium-mini", "hopper-medium-v2"], seeds=1, updates=40)
+    both = {name.split("__")[0] for name in launch.all_jobs(args, edp_td3) if "__diffusion_ql_tau__" in name}
+    assert both == {"hopper-medium-mini"}  # its preset's target rate is another
+    args = launch.Args(script="edp_iql", env_ids=["mujoco/hopper/medium-v0"], seeds=1)
+    assert "mujoco_hopper_medium-v0__iql__0" in launch.all_jobs(args, edp_iql)  # a folder's name
+    args = launch.Args(script="edp_iql", seeds=2, updates=40)
+    jobs = launch.all_jobs(args, edp_iql)
+    assert len(jobs) == 2 * 3 * len(launch.VARIANTS["edp_iql"])
+    assert {edp_iql.parse_args(flags).num_updates for flags in jobs.values()} == {40}
+    args = launch.Args(script="edis_sac", seeds=1)
+    assert len(launch.all_jobs(args, edis_sac)) == 2 * len(launch.VARIANTS["edis_sac"])
 
 
 def test_report_is_up_to_date(copy):
