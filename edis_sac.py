@@ -383,7 +383,9 @@ def load_minari(env_id: str) -> tuple[Columns, Callable[..., gym.Env], tuple[flo
 def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple[float, float] | None, dict[str, str]]:
     """Data, evaluation environment, reference returns and file of --env-id and --dataset-path; exit 2 if unusable."""
     if args.dataset_path is None and "/" in args.env_id:
-        return *load_minari(args.env_id), {"file": f"minari:{args.env_id}"}
+        found = load_minari(args.env_id)
+        digest = hashlib.sha256(b"".join(column.tobytes() for column in found[0].values())).hexdigest()
+        return *found, {"file": f"minari:{args.env_id}", "sha256": digest}
     make_env, reference = None, None
     if args.dataset_path is not None:
         path = Path(args.dataset_path)
@@ -411,19 +413,9 @@ def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple
         options = {"use_contact_forces": True} if gym_id == "Ant-v4" else {}  # D4RL's 111 dimensions
     if gym_id in gym.registry:
         warnings.filterwarnings("ignore", message=".*out of date|MuJoCo: .*deprecated")  # v4's rewards are D4RL's
-        make_env = partial(gym.make, gym_id, **options)
-        try:
-            env = make_env()
-        except Exception as error:  # a dependency of the environment is missing
-            fail(f"environment {gym_id}: {error!r}")
-        for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
-            if columns[key].shape[1:] != space.shape:
-                fail(f"{path}: {key} {columns[key].shape[1:]} do not fit {gym_id}'s {space.shape}: is --env-id right?")
-        if not isinstance(space, gym.spaces.Box) or (space.low != -1).any() or (space.high != 1).any():
-            fail(f"{gym_id}: actions must be a Box from -1 to 1, as the data's; rescale both (RescaleAction)")
-        if "timeouts" not in columns and env.spec and env.spec.max_episode_steps:
-            columns["timeouts"] = timeouts_by_limit(columns["terminals"].astype(bool), env.spec.max_episode_steps)
-        env.close()
+        make_env, limit = partial(gym.make, gym_id, **options), gym.registry[gym_id].max_episode_steps
+        if "timeouts" not in columns and limit:
+            columns["timeouts"] = timeouts_by_limit(columns["terminals"].astype(bool), limit)
     if args.dataset_path is not None and args.env_id == Args.env_id:
         print(f"note: {path} with presets and environment of the default --env-id, {args.env_id}", file=sys.stderr)
     return columns, make_env, reference, source
@@ -630,17 +622,6 @@ class Energies(nn.Module):
         return torch.autograd.grad(total, x)[0]
 
 
-class TransitionModel(nn.Module):
-    """Reward and logit of termination, each (B,), of (s, a, s') (B, D), s' in the units of s."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.net = MLP(dim, 2)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.net(x).unbind(-1)
-
-
 # ----------------------------------------------------------------------------------------------------------- Diffusion
 Guidance = Callable[[Tensor, Tensor], Tensor]  # x (B, D), sigma () -> sum lambda_i grad E_i (B, D)
 
@@ -652,7 +633,6 @@ class EDM:
         rho = 7
         sigma = (np.linspace(high ** (1 / rho), low ** (1 / rho), steps)) ** rho
         gamma = np.where((sigma >= 0.05) & (sigma <= 50), min(churn / steps, math.sqrt(2) - 1), 0)
-        self.noise_scale = 1.003
         self.sigma = torch.as_tensor(np.append(sigma, 0), dtype=torch.float32, device=device)
         self.sigma_hat = torch.as_tensor(sigma * (1 + gamma), dtype=torch.float32, device=device)  # after churning
 
@@ -683,7 +663,7 @@ class EDM:
                     x = torch.cat([held + sigma * torch.randn_like(held), x[:, held.shape[1] :]], dim=1)
                 if visit is not None:
                     visit(i, x)
-                x = x + added * self.noise_scale * torch.randn_like(x)
+                x = x + 1.003 * added * torch.randn_like(x)  # S_noise
                 d = derivative(x, sigma_hat)
                 x_next = x + (sigma_next - sigma_hat) * d
                 if i + 1 < len(self.sigma_hat):  # Heun's correction, but for the step to sigma = 0
@@ -862,7 +842,8 @@ def make_networks(obs_dim: int, act_dim: int, args: Args, device: torch.device) 
     networks["temperature"] = nn.ParameterDict({"log_alpha": torch.zeros(())})
     networks["denoiser"] = Denoiser(dim, args.denoiser_width, args.denoiser_layers)
     networks["denoiser_ema"] = copy.deepcopy(networks["denoiser"]).requires_grad_(False)
-    networks["energies"], networks["model"] = Energies(obs_dim, act_dim, args.energy_width), TransitionModel(dim)
+    networks["energies"] = Energies(obs_dim, act_dim, args.energy_width)
+    networks["model"] = MLP(dim, 2)  # reward and logit of termination of (s, a, s'), s' in the units of s
     return {name: network.to(device) for name, network in networks.items()}
 
 
@@ -1033,7 +1014,7 @@ def train_denoiser(args: Args, denoiser: Denoiser, ema: Denoiser, x: Tensor, rec
 
 
 def train_model(
-    args: Args, model: TransitionModel, energies: Energies, x: Tensor, y: Tensor, r: Tensor, mask: Tensor, recent: int
+    args: Args, model: MLP, energies: Energies, x: Tensor, y: Tensor, r: Tensor, mask: Tensor, recent: int
 ) -> Tensor:
     """Train rewards, terminations (on y) and mean next states (on x) of transitions (N, D), (N,); the mean loss.
 
@@ -1046,7 +1027,7 @@ def train_model(
     for _ in range(args.model_updates):
         index = torch.randint(len(x), (args.batch_size,), device=x.device)
         index[:half] = torch.randint(len(x) - recent, len(x), (half,), device=x.device)
-        reward, logit = model(y[index])
+        reward, logit = model(y[index]).unbind(1)
         residual = energies.dynamics(x[index, :SA]) - x[index, SA:]
         loss = model_loss(reward, logit, r[index], mask[index]) + residual.square().mean()
         optimizer.zero_grad()
@@ -1185,7 +1166,7 @@ class Round(NamedTuple):
         s, a, next_s = self.denormalize(x).split([S, x.shape[1] - 2 * S, S], dim=1)
         transitions = torch.cat([s, a.clamp(-0.999, 0.999), next_s], dim=1)
         with torch.no_grad():
-            reward, logit = self.networks["model"](self.inputs(transitions))
+            reward, logit = self.networks["model"](self.inputs(transitions)).unbind(1)
         tail = [reward, torch.sigmoid(-logit), torch.full_like(reward, -math.inf)]
         return torch.cat([transitions, torch.stack(tail, dim=1)], dim=1)
 
@@ -1278,12 +1259,17 @@ def make_simulator(env: gym.Env, transform: Transform, obs_dim: int) -> Callable
 
 
 # ---------------------------------------------------------------------------------------------------------- Evaluation
-def make_envs(make_env: Callable[..., gym.Env], args: Args) -> list[gym.Env]:
-    """One environment per evaluation episode; with --capture-video the first can render, else exit 2."""
+def make_envs(make_env: Callable[..., gym.Env], args: Args, columns: Columns) -> list[gym.Env]:
+    """One environment per evaluation episode, which must fit the data; with --capture-video the first can render."""
     try:
         envs = [make_env() for _ in range(args.eval_episodes)]
     except Exception as error:  # a dependency of the environment is missing
         fail(f"environment of {args.env_id}: {error!r}")
+    for key, space in (("observations", envs[0].observation_space), ("actions", envs[0].action_space)):
+        if columns[key].shape[1:] != space.shape:
+            fail(f"{key} {columns[key].shape[1:]} do not fit {envs[0].unwrapped}'s {space.shape}: is --env-id right?")
+    if not isinstance(space, gym.spaces.Box) or (space.low != -1).any() or (space.high != 1).any():
+        fail(f"{envs[0].unwrapped}: actions must be a Box from -1 to 1, as the data's; rescale both (RescaleAction)")
     if args.capture_video:
         try:
             envs[0] = make_env(render_mode="rgb_array")
@@ -1364,7 +1350,12 @@ class Run:
 
         self.exits = ExitStack()  # leaves loggers, terminal, signal handlers and lock as they were
         self.args, self.source, self.device, self.saved = args, source, device, saved
-        self.dir = Path(saved["run_dir"]) if saved else self.make_dir()
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"  # ms: two in one second
+        self.dir = Path(saved["run_dir"]) if saved else Path(args.runs_dir) / re.sub(r"[^\w.-]", "_", name)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=bool(saved))
+        except OSError as error:
+            fail(f"the run's folder, of --runs-dir and --exp-name: {error}")
         times = {"train": 0.0, "eval": 0.0, "save": 0.0}
         self.progress = saved.get("progress", {"step": 0, "evaluations": {}, "times": times})
         try:
@@ -1416,17 +1407,6 @@ class Run:
     @property
     def step(self) -> int:
         return self.progress["step"]
-
-    def make_dir(self) -> Path:
-        """A new folder RUNS_DIR/{env_id}__{exp_name}__{seed}__{timestamp}."""
-        stamp = time.time_ns() // 1_000_000  # ms: two runs that start in the same second
-        name = re.sub(r"[/\s]", "_", f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}__{stamp}")
-        try:
-            str(path := Path(self.args.runs_dir) / name).encode()  # TensorBoard's limit
-            path.mkdir(parents=True)
-            return path
-        except (OSError, UnicodeEncodeError) as error:
-            fail(f"the run's folder, of --runs-dir and --exp-name: {error}")
 
     def on_signal(self, signum: int, frame: Any) -> None:
         """Let the loop save and end; the same signal again ends the process at once."""
@@ -1491,9 +1471,7 @@ class Run:
             say(f"update {self.step}/{self.args.num_updates}: {charts}")
 
     def log(self, metrics: dict[str, Tensor]) -> None:
-        """Log the last update, once; exit 3 if a value is not finite, with the last checkpoint as it was."""
-        if self.step == self.lap_start[0]:
-            return
+        """Log the last update; exit 3 if a value is not finite, with the last checkpoint as it was."""
         values = {name: float(tensor) for name, tensor in metrics.items()}
         self.lap("train")
         train = self.progress["times"]["train"]
@@ -1531,8 +1509,8 @@ class Run:
         """Write beside, flush, replace: a kill or a full disk leaves the checkpoint that was there."""
         self.lap("train")
         rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.device.type != "cpu":
+            rng[self.device.type] = torch.get_device_module(self.device).get_rng_state(self.device)
         about: dict[str, Any] = {"args": vars(self.args), "dataset": self.source, "rng": rng}
         about |= {"transform": list(map(torch.as_tensor, transform))}
         parts = {name: part.state_dict() for name, part in state.items()}
@@ -1557,8 +1535,8 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as error:  # of a script whose networks were changed
             fail(f"--resume {self.dir}: the checkpoint does not fit: {error}")
         torch.set_rng_state(self.saved["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in self.saved["rng"]:
-            torch.cuda.set_rng_state(self.saved["rng"]["cuda"], self.device)
+        if self.device.type != "cpu" and (rng := self.saved["rng"].get(self.device.type)) is not None:
+            torch.get_device_module(self.device).set_rng_state(rng, self.device)
 
     def finish(self) -> dict[str, Any]:
         """Write and return the result: last, mean of the last ten (the paper's RAT) and best (its OMS) evaluation."""
@@ -1637,16 +1615,13 @@ def main(args: Args) -> dict[str, Any]:
         fail(f"{source['file']} holds no two transitions with a next state for the denoiser")
     if not true_next:
         print(f"warning: {source['file']} has no next_observations: no termination to learn from it", file=sys.stderr)
+    envs = make_envs(make_env, args, columns)
     del columns, transitions
-    envs = make_envs(make_env, args)
     run = Run(args, source, device, saved)
     say(f"{len(data)} transitions of {source['file']} on {device}")
     if args.capture_video:
-        options: dict[str, Any] = {
-            "episode_trigger": lambda _: True,
-            "name_prefix": f"from-update-{run.step}",
-        }  # not over older ones
-        envs[0] = gym.wrappers.RecordVideo(envs[0], str(run.dir / "videos"), **options)
+        prefix = f"from-update-{run.step}"  # not over older ones
+        envs[0] = gym.wrappers.RecordVideo(envs[0], str(run.dir / "videos"), lambda _: True, name_prefix=prefix)
 
     # Networks, optimisers, buffers
     networks = make_networks(obs_dim, act_dim, args, device)
@@ -1670,6 +1645,8 @@ def main(args: Args) -> dict[str, Any]:
     edm = EDM(args.sampling_steps, args.churn, device, args.sigma_min, args.sigma_max)
     make_round = Round(args, networks, edm, mean, std, make_simulator(make_env(), transform, obs_dim))
     actor, generative = networks["actor"], args.augmentation in ("edis", "synther")
+    if generative and 0 < args.online_steps <= args.first_round:
+        print(f"warning: no synthetic data: --first-round {args.first_round} is past --online-steps", file=sys.stderr)
 
     def observe(obs: np.ndarray) -> Tensor:
         return torch.as_tensor(transform.obs(obs), dtype=torch.float32, device=device)
@@ -1701,17 +1678,16 @@ def main(args: Args) -> dict[str, Any]:
         step, last = run.step, run.step >= args.num_updates
         since = step - args.offline_updates - args.first_round
         due = generative and since >= 0 and since % args.round_every == 0 and not last
-        if metrics and (
-            run.stop or last or due or any(step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
-        ):
+        listed = any(step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
+        if metrics and (run.stop or last or due or listed):
             parameters = [p for network in networks.values() for p in network.parameters()]
             run.log(metrics | {"losses/parameter_norm": nn.utils.get_total_norm(parameters)})
+        episodes: list[dict[str, Any]] = []
         if step > 0 and (last or step % args.eval_every == 0) and step not in run.progress["evaluations"]:
             seeds = np.random.default_rng([args.seed, step]).integers(2**31, size=len(envs)).tolist()
             if episodes := evaluate(act, envs, seeds, run.stop):
                 run.log_evaluation(episodes, reference)
-                run.save(state, transform)
-        if metrics and (run.stop or last or due or step % args.save_every == 0):
+        if episodes or (metrics and (run.stop or last or due or step % args.save_every == 0)):
             run.save(state, transform)
         run.nothing_to_save = due  # a stop or a kill during a round: the resume makes it again
         if due and not run.stop:

@@ -319,7 +319,9 @@ def load_minari(env_id: str) -> tuple[Columns, Callable[..., gym.Env], tuple[flo
 def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple[float, float] | None, dict[str, str]]:
     """Data, evaluation environment, reference returns and file of --env-id and --dataset-path; exit 2 if unusable."""
     if args.dataset_path is None and "/" in args.env_id:
-        return *load_minari(args.env_id), {"file": f"minari:{args.env_id}"}
+        found = load_minari(args.env_id)
+        digest = hashlib.sha256(b"".join(column.tobytes() for column in found[0].values())).hexdigest()
+        return *found, {"file": f"minari:{args.env_id}", "sha256": digest}
     make_env, reference = None, None
     if args.dataset_path is not None:
         path = Path(args.dataset_path)
@@ -347,19 +349,9 @@ def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple
         options = {"use_contact_forces": True} if gym_id == "Ant-v4" else {}  # D4RL's 111 dimensions
     if gym_id in gym.registry:
         warnings.filterwarnings("ignore", message=".*out of date|MuJoCo: .*deprecated")  # v4's rewards are D4RL's
-        make_env = partial(gym.make, gym_id, **options)
-        try:
-            env = make_env()
-        except Exception as error:  # a dependency of the environment is missing
-            fail(f"environment {gym_id}: {error!r}")
-        for key, space in (("observations", env.observation_space), ("actions", env.action_space)):
-            if columns[key].shape[1:] != space.shape:
-                fail(f"{path}: {key} {columns[key].shape[1:]} do not fit {gym_id}'s {space.shape}: is --env-id right?")
-        if not isinstance(space, gym.spaces.Box) or (space.low != -1).any() or (space.high != 1).any():
-            fail(f"{gym_id}: actions must be a Box from -1 to 1, as the data's; rescale both (RescaleAction)")
-        if "timeouts" not in columns and env.spec and env.spec.max_episode_steps:
-            columns["timeouts"] = timeouts_by_limit(columns["terminals"].astype(bool), env.spec.max_episode_steps)
-        env.close()
+        make_env, limit = partial(gym.make, gym_id, **options), gym.registry[gym_id].max_episode_steps
+        if "timeouts" not in columns and limit:
+            columns["timeouts"] = timeouts_by_limit(columns["terminals"].astype(bool), limit)
     if args.dataset_path is not None and args.env_id == Args.env_id:
         print(f"note: {path} with presets and environment of the default --env-id, {args.env_id}", file=sys.stderr)
     return columns, make_env, reference, source
@@ -801,12 +793,17 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
 
 
 # ---------------------------------------------------------------------------------------------------------- Evaluation
-def make_envs(make_env: Callable[..., gym.Env], args: Args) -> list[gym.Env]:
-    """One environment per evaluation episode; with --capture-video the first can render, else exit 2."""
+def make_envs(make_env: Callable[..., gym.Env], args: Args, columns: Columns) -> list[gym.Env]:
+    """One environment per evaluation episode, which must fit the data; with --capture-video the first can render."""
     try:
         envs = [make_env() for _ in range(args.eval_episodes)]
     except Exception as error:  # a dependency of the environment is missing
         fail(f"environment of {args.env_id}: {error!r}")
+    for key, space in (("observations", envs[0].observation_space), ("actions", envs[0].action_space)):
+        if columns[key].shape[1:] != space.shape:
+            fail(f"{key} {columns[key].shape[1:]} do not fit {envs[0].unwrapped}'s {space.shape}: is --env-id right?")
+    if not isinstance(space, gym.spaces.Box) or (space.low != -1).any() or (space.high != 1).any():
+        fail(f"{envs[0].unwrapped}: actions must be a Box from -1 to 1, as the data's; rescale both (RescaleAction)")
     if args.capture_video:
         try:
             envs[0] = make_env(render_mode="rgb_array")
@@ -900,7 +897,12 @@ class Run:
 
         self.exits = ExitStack()  # leaves loggers, terminal, signal handlers and lock as they were
         self.args, self.source, self.device, self.saved = args, source, device, saved
-        self.dir = Path(saved["run_dir"]) if saved else self.make_dir()
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"  # ms: two in one second
+        self.dir = Path(saved["run_dir"]) if saved else Path(args.runs_dir) / re.sub(r"[^\w.-]", "_", name)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=bool(saved))
+        except OSError as error:
+            fail(f"the run's folder, of --runs-dir and --exp-name: {error}")
         times = {"train": 0.0, "eval": 0.0, "save": 0.0}
         self.progress = saved.get("progress", {"step": 0, "evaluations": {}, "times": times})
         try:
@@ -952,17 +954,6 @@ class Run:
     @property
     def step(self) -> int:
         return self.progress["step"]
-
-    def make_dir(self) -> Path:
-        """A new folder RUNS_DIR/{env_id}__{exp_name}__{seed}__{timestamp}."""
-        stamp = time.time_ns() // 1_000_000  # ms: two runs that start in the same second
-        name = re.sub(r"[/\s]", "_", f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}__{stamp}")
-        try:
-            str(path := Path(self.args.runs_dir) / name).encode()  # TensorBoard's limit
-            path.mkdir(parents=True)
-            return path
-        except (OSError, UnicodeEncodeError) as error:
-            fail(f"the run's folder, of --runs-dir and --exp-name: {error}")
 
     def on_signal(self, signum: int, frame: Any) -> None:
         """Let the loop save and end; the same signal again ends the process at once."""
@@ -1027,9 +1018,7 @@ class Run:
             say(f"update {self.step}/{self.args.num_updates}: {charts}")
 
     def log(self, metrics: dict[str, Tensor]) -> None:
-        """Log the last update, once; exit 3 if a value is not finite, with the last checkpoint as it was."""
-        if self.step == self.lap_start[0]:
-            return
+        """Log the last update; exit 3 if a value is not finite, with the last checkpoint as it was."""
         values = {name: float(tensor) for name, tensor in metrics.items()}
         self.lap("train")
         train = self.progress["times"]["train"]
@@ -1067,8 +1056,8 @@ class Run:
         """Write beside, flush, replace: a kill or a full disk leaves the checkpoint that was there."""
         self.lap("train")
         rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.device.type != "cpu":
+            rng[self.device.type] = torch.get_device_module(self.device).get_rng_state(self.device)
         about: dict[str, Any] = {"args": vars(self.args), "dataset": self.source, "rng": rng}
         about |= {"transform": list(map(torch.as_tensor, transform))}
         parts = {name: part.state_dict() for name, part in state.items()}
@@ -1093,8 +1082,8 @@ class Run:
         except (KeyError, RuntimeError, ValueError) as error:  # of a script whose networks were changed
             fail(f"--resume {self.dir}: the checkpoint does not fit: {error}")
         torch.set_rng_state(self.saved["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in self.saved["rng"]:
-            torch.cuda.set_rng_state(self.saved["rng"]["cuda"], self.device)
+        if self.device.type != "cpu" and (rng := self.saved["rng"].get(self.device.type)) is not None:
+            torch.get_device_module(self.device).set_rng_state(rng, self.device)
 
     def finish(self) -> dict[str, Any]:
         """Write and return the result: last, mean of the last ten (the paper's RAT) and best (its OMS) evaluation."""
@@ -1160,18 +1149,15 @@ def main(args: Args) -> dict[str, Any]:
         fail(f"{source['file']} holds no transition: D4RL's rule drops timeout rows and the last one")
     data = torch.as_tensor(transitions, device=device)
     obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
+    envs = make_envs(make_env, args, columns) if make_env else []
     del columns, transitions
-    envs = make_envs(make_env, args) if make_env else []
     run = Run(args, source, device, saved)
     say(f"{len(data)} transitions of {source['file']} on {device}")
     if not envs:
         say(f"no environment is known for {args.env_id}: training without evaluation")
     elif args.capture_video:
-        options: dict[str, Any] = {
-            "episode_trigger": lambda _: True,
-            "name_prefix": f"from-update-{run.step}",
-        }  # not over older ones
-        envs[0] = gym.wrappers.RecordVideo(envs[0], str(run.dir / "videos"), **options)
+        prefix = f"from-update-{run.step}"  # not over older ones
+        envs[0] = gym.wrappers.RecordVideo(envs[0], str(run.dir / "videos"), lambda _: True, name_prefix=prefix)
     for env in envs:
         run.exits.callback(env.close)  # which writes the last video
 
@@ -1203,18 +1189,17 @@ def main(args: Args) -> dict[str, Any]:
     metrics: dict[str, Tensor] = {}
     while True:
         step, last = run.step, run.step >= args.num_updates
-        if metrics and (
-            run.stop or last or any(step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
-        ):
+        listed = any(step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
+        if metrics and (run.stop or last or listed):
             parameters = [p for network in networks.values() for p in network.parameters()]
             run.log(metrics | {"losses/parameter_norm": nn.utils.get_total_norm(parameters)})
+        episodes: list[dict[str, Any]] = []
         if envs and step > 0 and (last or step % args.eval_every == 0) and step not in run.progress["evaluations"]:
             generator.manual_seed(args.seed + 1_000_003 * step)
             seeds = np.random.default_rng([args.seed, step]).integers(2**31, size=len(envs)).tolist()
             if episodes := evaluate(act, envs, seeds, run.stop):
                 run.log_evaluation(episodes, reference)
-                run.save(state, transform)
-        if metrics and (run.stop or last or step % args.save_every == 0):
+        if episodes or (metrics and (run.stop or last or step % args.save_every == 0)):
             run.save(state, transform)
         if run.stop:
             run.leave()

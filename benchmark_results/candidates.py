@@ -157,7 +157,7 @@ def measure_run(
         v = networks["value"](s)[:, 0]
         f = edp.iql_weight(networks["critic_target"].min(s, a), v, args.inverse_temperature, args.weight_cap)
     values = {"effective": effective(f), **measure(x.view(states, candidates, act_dim), q, a, q_a)}
-    envs = [Recorded(env) for env in edp.make_envs(make_env, replace(args, eval_episodes=episodes))]
+    envs = [Recorded(env) for env in edp.make_envs(make_env, replace(args, eval_episodes=episodes), columns)]
 
     def played(critic: Any, n: int) -> dict[str, float]:
         select = partial(

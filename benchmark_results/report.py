@@ -395,7 +395,7 @@ def main() -> None:
             print(f"report.py: error: seeds of {env_id}__{variant} differ in evaluations or episodes", file=sys.stderr)
             raise SystemExit(2)
         about = json.loads((HERE / "raw" / "__".join((env_id, variant, seed)) / "args.json").read_text())
-        if trained_on.setdefault(env_id, sha := about["dataset"].get("sha256")) != sha:  # Minari's have none
+        if trained_on.setdefault(env_id, sha := about["dataset"].get("sha256")) != sha:
             print(f"report.py: error: {env_id}__{variant}__{seed}: of other data than the runs before", file=sys.stderr)
             raise SystemExit(2)
     # The data on which most is compared first

@@ -66,7 +66,7 @@ STARTS = {
     "first update": ["--log-every", "1", "--compile", "off"],
     "first update, `--compile on`": ["--log-every", "1", "--compile", "on"],
 }
-GENERATIONS = {  # bundled preset; paper's size: data, samples at a time on a CPU and on cuda, where more fill it
+GENERATIONS = {  # bundled preset; the published size: data, samples at a time on a CPU and on cuda, where more fill it
     "EDIS, denoiser 3 x 256, energies 3 x 128, 20 levels": ("hopper-medium-mini", 1_000, 30_000),
     "EDIS, denoiser 6 x 1024, energies 3 x 256, 128 levels": ("hopper-medium-v2", 100, 30_000),
 }

@@ -267,7 +267,7 @@ MUTANTS: dict[str, tuple[str, ...]] = {  # name: (script, original, mutant, test
         'networks["policy_target"], networks["critic_target"], s,',
         "current_networks",
     ),
-    "run: names with a slash": ("edp_iql.py", 're.sub(r"[/', 're.sub(r"[', "nothing_is_written"),
+    "run: names with a slash": ("edp_iql.py", 're.sub(r"[^\\w.-]", "_", name)', "name", "nothing_is_written"),
     "run: MuJoCo's log": ("edp_iql.py", "mujoco.set_mju_user_warning(lambda", "str(lambda", "nothing_is_written"),
     "run: early signals": (
         "edp_iql.py",

@@ -155,7 +155,8 @@ echo "Submitted batch job 7\"""",
     case $1 in --output|--error) shift;; esac; shift
 done
 exec env SLURM_LOCALID=0 SLURM_PROCID=0 SLURM_NODEID=0 SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 "$@\"""",
-    "sacct": """printf 'JobID|State|NodeList\\n7|COMPLETED|node\\n'""",
+    "sacct": """grep -q '^State:.[^Z]' "/proc/$(cat "$(dirname "$0")/sbatch.pid")/status" && state=RUNNING
+printf 'JobID|State|NodeList\\n7|%s|node\\n' ${state-COMPLETED}""",
     "scancel": """kill -TERM -$(cat "$(dirname "$0")/sbatch.pid")""",
 }
 

@@ -168,12 +168,14 @@ def test_action_bounds(script, tmp_path, capsys):
     """Pendulum's torque reaches 2."""
     path = write_hdf5(tmp_path / "own.hdf5", make_columns(obs_dim=3, act_dim=1))
     args = args_of(script, env_id="Pendulum-v1", dataset_path=str(path))
-    assert "from -1 to 1" in error_of(capsys, lambda: script.load_task(args))
+    columns, make_env, *_ = script.load_task(args)
+    assert "from -1 to 1" in error_of(capsys, lambda: script.make_envs(make_env, args, columns))
 
 
 def test_wrong_environment(script, hopper_file, capsys):
     args = args_of(script, env_id="walker2d-medium-v2", dataset_path=str(hopper_file))
-    line = error_of(capsys, lambda: script.load_task(args))
+    columns, make_env, *_ = script.load_task(args)
+    line = error_of(capsys, lambda: script.make_envs(make_env, args, columns))
     assert "(11,)" in line and "(17,)" in line and "Walker2d-v4" in line
 
 
@@ -359,7 +361,7 @@ class Goal(gym.Env):
 gym.register("MinariGoal-v0", entry_point="test_data:Goal", max_episode_steps=5)
 
 
-def test_minari(script, monkeypatch, tmp_path):
+def test_minari(script, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     import minari
     from minari.data_collector import EpisodeBuffer
@@ -375,7 +377,8 @@ def test_minari(script, monkeypatch, tmp_path):
         episodes.append(EpisodeBuffer(i, i, None, observations, actions, rewards, terminations, truncations))
     minari.create_dataset_from_buffers("test/goal-v0", episodes, env=env, eval_env="MinariGoal-v0", algorithm_name="x",
                                        ref_min_score=0.0, ref_max_score=15.0)  # fmt: skip
-    columns, make_env, reference, source = script.load_task(args_of(script, env_id="test/goal-v0"))
+    args = args_of(script, env_id="test/goal-v0")
+    columns, make_env, reference, source = script.load_task(args)
     assert columns["observations"].shape == (15, 4) and columns["timeouts"].sum() == 3
     np.testing.assert_array_equal(columns["observations"][2], [-1, 2, 2, 2])  # desired_goal before observation
     np.testing.assert_array_equal(columns["next_observations"][2], [-1, 3, 3, 3])
@@ -383,6 +386,10 @@ def test_minari(script, monkeypatch, tmp_path):
     np.testing.assert_array_equal(eval_env.reset(seed=0)[0], columns["observations"][0])
     rows, _ = script.make_transitions(columns, args_of(script))
     assert len(rows) == 12 and reference == (0.0, 15.0) and source["file"] == "minari:test/goal-v0"
+    assert source["sha256"] == script.load_task(args)[3]["sha256"]
+    script.make_envs(make_env, args, columns)
+    columns["actions"] = columns["actions"][:, :1]
+    assert "do not fit" in error_of(capsys, lambda: script.make_envs(make_env, args, columns))
 
 
 def test_minari_id_without_data(script, monkeypatch, tmp_path, capsys):

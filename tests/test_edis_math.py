@@ -386,7 +386,7 @@ def test_a_share_of_what_is_trained_on_is_recent(share, monkeypatch):
     seen, (x, r, mask), energies = [], a_world(1_000), edis.Energies(2, 1, 8)
     x[:, 0] = torch.arange(1_000)
 
-    class Model(edis.TransitionModel):
+    class Model(edis.MLP):
         def forward(self, y):
             seen.append(y[:, 0])
             return super().forward(y)
@@ -399,7 +399,7 @@ def test_a_share_of_what_is_trained_on_is_recent(share, monkeypatch):
     args = edis.dataclasses.replace(args, denoiser_batch=256, denoiser_recent=share)
     monkeypatch.setattr(edis, "edm_loss", edm_loss)
     if share == 0.5:
-        edis.train_model(args, Model(5), energies, x, x, r, mask, 10)
+        edis.train_model(args, Model(5, 2), energies, x, x, r, mask, 10)
         assert len(torch.cat(seen)) == 40 * args.batch_size
     denoiser = edis.Denoiser(5, 8, 1)
     edis.train_denoiser(args, denoiser, edis.copy.deepcopy(denoiser), x, 10)
@@ -413,11 +413,11 @@ def test_the_learned_dynamics_show_errors_to_the_transition_energy(monkeypatch):
     """Models learn reward, termination and s'; then E3 finds true next states among some that are 0.1 off."""
     flags = {"model_updates": 1_500, "energy_updates": 400, "energy_width": 64, "energy_batch": 128, "pool": 4_000}
     args = edis.dataclasses.replace(ARGS, **flags, energy_lr=3e-3)
-    energies, model, (x, r, mask) = edis.Energies(2, 1, 64), edis.TransitionModel(5), a_world(20_000)
+    energies, model, (x, r, mask) = edis.Energies(2, 1, 64), edis.MLP(5, 2), a_world(20_000)
     edis.train_model(args, model, energies, edis.Round.differences(x, 2), x, r, mask, len(x))
     test, r, mask = a_world(2_000)
     with torch.no_grad():
-        reward, logit = model(test)
+        reward, logit = model(test).unbind(1)
         assert (reward - r).square().mean().sqrt() < 0.1
         assert ((logit > 0) == (mask == 0)).float().mean() > 0.98
         error = test[:, :2] + energies.dynamics(test[:, :3]) - test[:, 3:]
@@ -455,7 +455,7 @@ def test_the_pool_has_its_levels_noise():
 def test_normalisation_round_trip():
     """Round.policy and Round.rows speak raw coordinates to the agent and normalised ones to the denoiser."""
     mean, std = torch.tensor([1.0, 2.0, 0.1, -1.0, 3.0]), torch.tensor([2.0, 0.5, 0.3, 4.0, 1.0])
-    model, S = edis.TransitionModel(5), 2
+    model, S = edis.MLP(5, 2), 2
 
     class Echo(torch.nn.Module):
         def forward(self, s, epsilon):
@@ -470,7 +470,7 @@ def test_normalisation_round_trip():
     difference = torch.cat([raw[:, :3], raw[:, 3:] - raw[:, :2]], dim=1)
     assert_close(x, (difference - mean) / std, atol=1e-5, rtol=1e-4)
     units = mean[[0, 1, 2, 0, 1]], std[[0, 1, 2, 0, 1]]  # the model sees s' in those of s
-    reward, logit = model((raw - units[0]) / units[1])
+    reward, logit = model((raw - units[0]) / units[1]).unbind(1)
     assert_close(rows[:, 5], reward)
     assert_close(rows[:, 6], torch.sigmoid(-logit))
     beyond = raw.clone()
@@ -604,11 +604,11 @@ def test_distances():
     """Least where the states are the recent ones, the actions the policy's, the next states the environment's."""
 
     mean, std = torch.tensor([1.0, 0.5, 2.0]), torch.tensor([2.0, 0.5, 3.0])
-    networks = {"energies": edis.Energies(1, 1, 8), "actor": edis.Actor(1, 1), "model": edis.TransitionModel(3)}
+    networks = {"energies": edis.Energies(1, 1, 8), "actor": edis.Actor(1, 1), "model": edis.MLP(3, 2)}
 
     def simulate(s, a):
         with torch.no_grad():
-            reward, logit = networks["model"](work.inputs(torch.cat([s, a, s + a], dim=1)))
+            reward, logit = networks["model"](work.inputs(torch.cat([s, a, s + a], dim=1))).unbind(1)
         return torch.stack([(s + a)[:, 0], reward + 0.25, torch.sigmoid(-logit) - 0.125], dim=1)
 
     work = edis.Round(ARGS, networks, edis.EDM(4, 0.0, CPU, *KARRAS), mean, std, simulate)

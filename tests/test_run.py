@@ -890,6 +890,12 @@ def test_what_changed_on_resume_is_told_and_kept(run, script, monkeypatch, capsy
     assert about["args"]["batch_size"]["source"] == "checkpoint"
 
 
+def test_a_phase_without_a_round_is_told(run_edis, capsys):
+    for steps in (2, 3):  # the first round is after two
+        run_edis("--offline-updates", "1", "--online-steps", str(steps))
+        assert ("no synthetic data" in capsys.readouterr().err) == (steps == 2)
+
+
 def test_nothing_is_written_elsewhere(run, script, tmp_path, monkeypatch):
     """Names cannot leave the runs folder; MuJoCo writes no log of its own."""
     (tmp_path / "cwd").mkdir()
@@ -910,7 +916,8 @@ def test_an_old_model_is_not_complained_of(hopper_file, tmp_path):
     flags = ["--env-id", "halfcheetah-medium-v2", "--dataset-path", str(hopper_file), "--device", "cpu"]
     command = [sys.executable, str(ROOT / "edp_iql.py"), *flags]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and "do not fit HalfCheetah-v4" in done.stderr and done.stderr.count("\n") == 1, done
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done
+    assert "HalfCheetah-v4" in done.stderr and "do not fit" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["hopper.hdf5"]
 
 
@@ -938,7 +945,7 @@ BAD = {
     "--num-updates": 0, "--batch-size": -1, "--lr": "nan", "--gamma": 1.5, "--expectile": -0.1,
     "--diffusion-steps": 20, "--sampler-steps": 31, "--device": "nonsense", "--seed": -1, "--runs-dir": "/dev/null/x",
     "--temperature": 0, "--online-steps": -1, "--denoiser-lr": 0, "--synthetic-ratio": 2, "--sampling-steps": 1,
-    "--exp-name": "\udcff", "--first-round": 1, "--positive-buffer": 1, "--samples": 1,
+    "--first-round": 1, "--positive-buffer": 1, "--samples": 1,
     "--advantage-samples": 0, "--max-q-top-k": 11, "--eta": "inf", "--policy-target-every": 0, "--weight-cap": 0,
 }  # fmt: skip
 
