@@ -1131,6 +1131,8 @@ def set_up(args: Args) -> torch.device:
         fail(f"--device {args.device}: {(str(error) or repr(error)).splitlines()[0]}")
     torch.set_num_threads(args.num_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
+    if args.matmul_precision == "medium" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print("warning: --matmul-precision medium is slow on this processor: it has no bfloat16", file=sys.stderr)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if sys.platform == "linux":  # keep freed activations: glibc gives them back, and each update faults them in anew

@@ -240,13 +240,15 @@ class Launcher:
         return f"return {json.loads((raw / 'result.json').read_text())['return']}"
 
 
-def all_jobs(args: Args, script: ModuleType) -> dict[str, list[str]]:
-    """Names of the jobs and the flags of their runs."""
+def make_jobs(args: Args, script: ModuleType) -> dict[str, list[str]]:
+    """Names of the chosen jobs and the flags of their runs."""
     jobs: dict[str, list[str]] = {}
     for seed in range(args.seeds):
         for env_id in args.env_ids or SETS[args.script]:
             resolved: list[Any] = []
             for variant, flags in VARIANTS[args.script].items():
+                if args.jobs not in (name := f"{env_id.replace('/', '_')}__{variant}__{seed}"):
+                    continue
                 common = ["--env-id", env_id, "--seed", str(seed), "--exp-name", variant]
                 if args.script == "edis_sac":
                     common += ["--online-steps", str(args.online_steps)]
@@ -255,7 +257,7 @@ def all_jobs(args: Args, script: ModuleType) -> dict[str, list[str]]:
                     common += ["--num-updates", str(updates), "--eval-every", "10000"]
                 run = (BASELINES.get(variant), {**vars(script.parse_args(common + flags)), "exp_name": ""})
                 if run not in resolved:  # where the preset has the variant's values it is another's run again
-                    jobs[f"{env_id.replace('/', '_')}__{variant}__{seed}"] = common + flags
+                    jobs[name] = common + flags
                 resolved.append(run)
     return jobs
 
@@ -264,7 +266,7 @@ def main(args: Args) -> None:
     sys.path.insert(0, str(ROOT))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runs on this machine, which save
     args.runs_dir, script = args.runs_dir.resolve(), importlib.import_module(args.script)
-    jobs = {name: flags for name, flags in all_jobs(args, script).items() if args.jobs in name}
+    jobs = make_jobs(args, script)
     if not jobs:
         print(f"launch.py: error: no job's name contains {args.jobs!r}", file=sys.stderr)
         raise SystemExit(2)

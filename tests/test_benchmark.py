@@ -227,16 +227,16 @@ def test_jobs():
     import launch
 
     args = launch.Args(script="edp_td3", env_ids=["hopper-medium-mini", "hopper-medium-v2"], seeds=1, updates=40)
-    both = {name.split("__")[0] for name in launch.all_jobs(args, edp_td3) if "__diffusion_ql_tau__" in name}
+    both = {name.split("__")[0] for name in launch.make_jobs(args, edp_td3) if "__diffusion_ql_tau__" in name}
     assert both == {"hopper-medium-mini"}  # its preset's target rate is another
     args = launch.Args(script="edp_iql", env_ids=["mujoco/hopper/medium-v0"], seeds=1)
-    assert "mujoco_hopper_medium-v0__iql__0" in launch.all_jobs(args, edp_iql)  # a folder's name
+    assert "mujoco_hopper_medium-v0__iql__0" in launch.make_jobs(args, edp_iql)  # a folder's name
     args = launch.Args(script="edp_iql", seeds=2, updates=40)
-    jobs = launch.all_jobs(args, edp_iql)
+    jobs = launch.make_jobs(args, edp_iql)
     assert len(jobs) == 2 * 3 * len(launch.VARIANTS["edp_iql"])
     assert {edp_iql.parse_args(flags).num_updates for flags in jobs.values()} == {40}
     args = launch.Args(script="edis_sac", seeds=1)
-    assert len(launch.all_jobs(args, edis_sac)) == 2 * len(launch.VARIANTS["edis_sac"])
+    assert len(launch.make_jobs(args, edis_sac)) == 2 * len(launch.VARIANTS["edis_sac"])
 
 
 def test_report_is_up_to_date(copy):

@@ -890,6 +890,14 @@ def test_what_changed_on_resume_is_told_and_kept(run, script, monkeypatch, capsy
     assert about["args"]["batch_size"]["source"] == "checkpoint"
 
 
+def test_slow_products_are_told(script, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # for the tests that follow
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        script.set_up(parse(script, "--matmul-precision", "medium", "--device", "cpu"))
+        assert ("no bfloat16" in capsys.readouterr().err) == (capability == "AVX2")
+
+
 def test_a_phase_without_a_round_is_told(run_edis, capsys):
     for steps in (2, 3):  # the first round is after two
         run_edis("--offline-updates", "1", "--online-steps", str(steps))
