@@ -331,6 +331,9 @@ def test_presets(script):
         assert antmaze.expectile == 0.9 and antmaze.reward_transform == "minus-one"
     else:
         assert antmaze.reward_transform == "times-four"
+    for version in ("v1", "v2"):  # corrected files of the same tasks
+        later = script.parse_args(["--env-id", f"antmaze-large-diverse-{version}"])
+        assert later == script.dataclasses.replace(antmaze, env_id=later.env_id)
     assert script.parse_args([]).num_updates < 100_000
     fields = {field.name for field in script.dataclasses.fields(script.Args)}
     assert all(set(preset) <= fields for preset in script.PRESETS.values())
@@ -888,6 +891,14 @@ def test_what_changed_on_resume_is_told_and_kept(run, script, monkeypatch, capsy
         {"step": 5, "commit": "other", "args": {}},
     ]
     assert about["args"]["batch_size"]["source"] == "checkpoint"
+
+
+def test_a_state_is_saved_once(run, monkeypatch):
+    """Where an evaluation and --save-every fall on the same update too."""
+    steps, save = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda x, file: (steps.append(x["progress"]["step"]), save(x, file)))
+    run("--save-every", "1", "--eval-every", "2")
+    assert steps == sorted({*steps}) and len(steps) >= 6, steps
 
 
 def test_slow_products_are_told(script, monkeypatch, capsys):
