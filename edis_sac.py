@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = [
 #     "torch==2.13.0", "numpy==2.2.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "h5py==3.16.0", "pooch==1.9.0",
 #     "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0", "wandb==0.31.0", "moviepy==2.2.1",

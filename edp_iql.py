@@ -1,73 +1,54 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = [
 #     "torch==2.13.0", "numpy==2.2.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "h5py==3.16.0", "pooch==1.9.0",
 #     "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0", "wandb==0.31.0", "moviepy==2.2.1",
-#     "filelock==3.32.7",
 # ]
 # ///
+# uv installs PyTorch for CUDA. On a machine without a GPU: UV_TORCH_BACKEND=cpu uv pip install -r requirements.txt
 """EDP-IQL: an efficient diffusion policy trained by implicit Q-learning.
 
-Kang et al., Efficient Diffusion Policies for Offline RL, NeurIPS 2023, arXiv 2305.20081; critics of Kostrikov et al.,
-Offline RL with Implicit Q-Learning, 2021, arXiv 2110.06169. The policy is a diffusion model of the actions; weighted
-regression acts on its one-step reconstruction a_hat^0, so that no gradient goes through the sampling chain.
+Kang et al., Efficient Diffusion Policies for Offline RL, NeurIPS 2023, arXiv 2305.20081
+Kostrikov et al., Offline RL with Implicit Q-Learning, 2021, arXiv 2110.06169 (the critics)
 
-    forward noising       a^k = sqrt(abar^k) a^0 + sqrt(1 - abar^k) epsilon                   Diffusion.forward_noising
-    action approximation  a_hat^0 = (a^k - sqrt(1 - abar^k) epsilon_theta(a^k, k; s)) / sqrt(abar^k) .approximate_action
-    diffusion loss        E ||epsilon - epsilon_theta(a^k, k; s)||^2                          reconstruct
-    weighted regression   E f_IQL ||a - a_hat^0||^2 (mse), or the weighted ELBO               weighted_regression
-    IQL weight            f_IQL = exp(beta (Q(s, a) - V(s)))                                  iql_weight
-    V and Q               expectile regression of V on Q; Q on r + gamma V(s')                value_loss, critic_losses
-    sampler               DPM-Solver-1, -2, -3 (Lu et al., 2022, arXiv 2206.00927)            Diffusion.dpm_solver_step
-    evaluation            one of N actions, drawn with probability ~ exp(Q(s, a))             select_actions
+    forward noising       a^k = sqrt(abar^k) a^0 + sqrt(1 - abar^k) epsilon                      Diffusion.add_noise
+    action approximation  a_hat^0 = (a^k - sqrt(1 - abar^k) epsilon_theta) / sqrt(abar^k)        Diffusion.approximate
+    diffusion loss        E ||epsilon - epsilon_theta(a^k, k; s)||^2                             make_update
+    weighted regression   E f ||a - a_hat^0||^2, or the ELBO weighted by f                       make_update
+    weight                f_IQL = exp(beta (Q(s, a) - V(s)))                                     iql_weight
+    V and Q               expectile regression of V on Q; Q on r + gamma V(s')                   value_loss, make_update
+    sampler               DPM-Solver (Lu et al., 2022, arXiv 2206.00927)                         Diffusion.dpm_solver
+    evaluation            one of N samples, drawn with probability ~ exp(Q(s, a))                select_actions
 
-Deviations:           paper                      official code (sail-sg/edp)            here
-    K, sampler        1000, DPM-Solver 15        DDPM 100, DPM-Solver by flag           paper; bundled data K = 100
-    candidates N      10                         50, not clipped                        50, clipped; bundled data 10
-    beta (1/tau)      1                          3, weight at most 100                  as the code
-    gradient clip     5                          per data set, each network alone       as the code; 5 elsewhere
-    unweighted loss   -                          diffusion loss, added                  as the code
-    ||a - a_hat^0||^2 as written                 halved (unit-variance log-likelihood)  halved
-    a_hat^0           as written                 clipped to [-1, 1]: no gradient beyond clipped
-    losses' norms     sums over dimensions       diffusion loss and ELBO: means         diffusion loss: mean; ELBO: sum
-    ELBO weight       1 - abar^{k-1}: 0 at k = 1 1 - abar^k, scaled to a mean of 1      paper; 1 - abar^1 at k = 1
-    noise clip (DPM)  -                          schedule at a truncated step           at the exact time: 7e-3 apart
-    DPM-Solver's end  t = 1e-3                   the same: NaN for K < 1000             max(1e-3, 1/K): the first step
+Where this differs from the paper and from the official code (github.com/sail-sg/edp), a comment says so.
 """
 
 import copy
-import csv
-import ctypes
-import dataclasses
 import difflib
 import hashlib
-import io
+import importlib
 import itertools
 import json
 import math
 import os
-import platform
 import re
 import signal
 import subprocess
 import sys
 import time
-import warnings
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NoReturn
 
-import filelock
 import gymnasium as gym
 import h5py
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from tqdm import tqdm
@@ -83,387 +64,79 @@ class Args:
     seed: int = 0  # seed of networks, batches, noise and evaluation
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, cuda:1, mps, ...
     num_updates: int = 2_000_000  # gradient updates in all
-    log_every: int = 1_000  # updates between two rows of metrics, where losses are checked to be finite
+    log_every: int = 1_000  # updates between two rows of metrics
     save_every: int = 10_000  # updates between two checkpoints; each replaces the one before
-    resume: str | None = None  # run folder to go on with; the algorithm's arguments come from it
+    resume: str | None = None  # run folder to continue; its arguments are the defaults
     runs_dir: str = "runs"  # where run folders are made
-    track: bool = False  # log to Weights & Biases too
+    track: bool = False  # log to Weights & Biases (entity, group and mode: its WANDB_* environment variables)
     wandb_project: str = "edp"  # Weights & Biases project
-    wandb_entity: str | None = None  # Weights & Biases user or team
-    wandb_group: str | None = None  # Weights & Biases group
-    wandb_mode: Literal["online", "offline", "disabled"] = "online"  # Weights & Biases mode
     # data
-    env_id: str = "hopper-medium-replay-mini"  # bundled, D4RL or Minari id; with --dataset-path any name
+    env_id: str = "hopper-medium-replay-mini"  # id of bundled data, D4RL or Minari; any environment with --dataset-path
     dataset_path: str | None = None  # HDF5 file in D4RL's layout to train on instead of the id's own data
     reward_transform: Literal["none", "return-range", "minus-one", "times-four", "min-max"] = "none"
-    """none; r * 1000 / (max - min episode return); r - 1 or 4 (r - 0.5) (AntMaze); r to [-1, 1] (Adroit, kitchen)"""
-    observation_transform: Literal["none", "scalar", "per-dimension"] = "none"
-    """none; by one mean and standard deviation over all dimensions; by one per dimension"""
+    """r; 1000 r / (best - worst return); r - 1 or 4 (r - 0.5) (AntMaze); r scaled to [-1, 1] (Adroit, kitchen)"""
+    normalize_observations: bool = False  # shift and scale each dimension to mean 0 and deviation 1
     # evaluation
     eval_every: int = 10_000  # updates between two evaluations
-    eval_episodes: int = 10  # episodes per evaluation, all run side by side
-    eval_candidates: int = 50  # N of energy-based action selection; 1: no selection
-    capture_video: bool = False  # record each evaluation's first episode to RUN/videos (set MUJOCO_GL if headless)
+    eval_episodes: int = 10  # episodes per evaluation, all run side by side; 0: no evaluation
+    eval_candidates: int = 50  # N, actions sampled per decision, of which Q selects one; 1: no selection
+    capture_video: bool = False  # record the first episode of each evaluation to RUN/videos
     # algorithm
     batch_size: int = 256  # transitions per update
     lr: float = 3e-4  # Adam's learning rate, all networks
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate of the target networks
-    max_grad_norm: float = 5.0  # clip of each network's gradient norm; 0: none
-    diffusion_steps: int = 1_000  # K, steps of the noise schedule; below 21 with the schedule vp
-    beta_schedule: Literal["linear", "vp"] = "linear"  # vp: Diffusion-QL's, for few steps
-    sampler: Literal["dpm-solver", "ddim", "ddpm"] = "dpm-solver"  # how actions are sampled
-    sampler_steps: int = 15  # network calls per sample of dpm-solver and ddim; ddpm takes K
-    solver_order: Literal[1, 2, 3] = 3  # order of dpm-solver
-    diffusion_coef: float = 1.0  # coefficient of the unweighted diffusion (behaviour-cloning) loss
+    tau: float = 0.005  # rate at which the target critics follow
+    max_grad_norm: float = 5.0  # bound of each network's gradient norm; 0: none
+    diffusion_steps: int = 1_000  # K, steps of the noise schedule
+    sampler: Literal["dpm-solver", "ddpm"] = "dpm-solver"  # how actions are sampled
+    sampler_steps: int = 15  # network calls per sample of dpm-solver; ddpm takes K
+    solver_order: Literal[1, 2, 3] = 3  # order of dpm-solver; 1 is DDIM
+    diffusion_coef: float = 1.0  # coefficient of the diffusion (behaviour-cloning) loss
     guidance_coef: float = 1.0  # coefficient of the weighted regression
-    likelihood: Literal["mse", "elbo"] = "mse"  # weighted regression: Gaussian, or ELBO with a larger guidance_coef
-    expectile: float = 0.7  # expectile of Q that V regresses to
-    inverse_temperature: float = 3.0  # beta of the IQL weight; 0: all weights 1, behaviour cloning
-    weight_cap: float = 100.0  # upper bound of the IQL weight
+    likelihood: Literal["mse", "elbo"] = "mse"  # weighted regression of a_hat^0, or of the noise
+    expectile: float = 0.7  # expectile of Q that V learns
+    inverse_temperature: float = 3.0  # beta of the weights; 0: behaviour cloning. The paper has 1
+    weight_cap: float = 100.0  # upper bound of the weights
     # speed
-    num_threads: int = 1  # CPU threads; a second one pays only on an otherwise idle machine
+    num_threads: int = 1  # CPU threads; a second one helps only on an idle machine
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the update, on cuda in a graph, and of sampling too; auto: cuda, or 10 000 updates on a CPU"""
+    """compile the update (on cuda also sampling, with CUDA graphs); auto: on cuda, or for 10 000 or more updates"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """of products: high for TF32, medium for bfloat16 between hidden layers, slow where the processor has none"""
+    """precision of float32 matrix products: highest, high (TF32) or medium (bfloat16)"""
 
-
-# ------------------------------------------------------------------------------------------------------------- PRESETS
-# Command line > preset > default. Norm clips and rewards: the official code's; updates: the paper's. The ids of
-# AntMaze, Adroit and kitchen go with --dataset-path; without their environments there is no evaluation.
-CLIPS = {
-    "halfcheetah-medium-v2": 9, "halfcheetah-medium-replay-v2": 2, "halfcheetah-medium-expert-v2": 7,
-    "hopper-medium-v2": 9, "hopper-medium-replay-v2": 4, "hopper-medium-expert-v2": 5,
-    "walker2d-medium-v2": 1, "walker2d-medium-replay-v2": 4, "walker2d-medium-expert-v2": 5,
-    "antmaze-umaze-v0": 2, "antmaze-umaze-diverse-v0": 3, "antmaze-medium-play-v0": 2, "antmaze-medium-diverse-v0": 1,
-    "antmaze-large-play-v0": 10, "antmaze-large-diverse-v0": 7, "pen-human-v1": 7, "pen-cloned-v1": 8,
-    "kitchen-complete-v0": 9, "kitchen-partial-v0": 10, "kitchen-mixed-v0": 10,
-}  # fmt: skip
-LOCOMOTION: dict[str, Any] = {"reward_transform": "return-range"}
-SPARSE: dict[str, Any] = {"reward_transform": "min-max", "num_updates": 1_000_000}
-FAMILIES = {
-    **{"halfcheetah": LOCOMOTION, "hopper": LOCOMOTION, "walker2d": LOCOMOTION, "pen": SPARSE, "kitchen": SPARSE},
-    "antmaze": {**SPARSE, "reward_transform": "minus-one", "expectile": 0.9},
-}
-PRESETS = {name: {**FAMILIES[name.split("-")[0]], "max_grad_norm": float(clip)} for name, clip in CLIPS.items()}
-PRESETS |= {f"{name[:-1]}{n}": PRESETS[name] for name in CLIPS if "antmaze" in name for n in (1, 2)}  # corrected files
-# Small sets: ours, found by trying on Hopper (the others have medium-replay's), for a run of minutes on a CPU. Its
-# medium policy is the faster one and falls after some 340 steps, so the critics must look further than gamma = 0.99
-# does, and soon (tau); not in medium-replay, which is noisier: there looking far misleads.
-# With the full guidance, noise at high k and uneven weights drown the diffusion loss for tens of thousands of updates.
-MINI = {
-    "reward_transform": "return-range", "observation_transform": "per-dimension", "num_updates": 20_000, "lr": 1e-3,
-    "gamma": 0.99, "tau": 0.005, "diffusion_steps": 100, "guidance_coef": 0.01, "eval_every": 5_000,
-    "eval_candidates": 10, "log_every": 250, "save_every": 2_500,
-}  # fmt: skip
-PRESETS |= {f"hopper-{level}-mini": {**MINI, "gamma": 0.995, "tau": 0.05} for level in ("medium", "medium-expert")}
-
-# What --resume lets change: nothing that alters an update by more than rounding; another device draws other numbers
-RESUMABLE = {
-    "resume", "num_updates", "device", "log_every", "save_every", "runs_dir", "track", "wandb_project", "wandb_entity",
-    "wandb_group", "wandb_mode", "dataset_path", "eval_every", "eval_episodes", "eval_candidates", "capture_video",
-    "num_threads", "compile", "matmul_precision",
-}  # fmt: skip
-
-
-def fail(message: object) -> NoReturn:
-    """Bad arguments or data: one line on stderr, exit code 2."""
-    print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Command line > checkpoint (with --resume) > preset > default."""
-    argv = sys.argv[1:] if argv is None else argv
-    given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
-    saved = load_checkpoint(given.resume)["args"] if given.resume is not None else {}
-    defaults = {**PRESETS.get(given.env_id, {}), "env_id": given.env_id, **saved, "resume": given.resume}
-    args = tyro.cli(Args, args=argv, default=Args(**defaults))
-    for name in saved.keys() - RESUMABLE:
-        if getattr(args, name) != saved[name]:
-            fail(f"--{name.replace('_', '-')} cannot change on resume (the run has {saved[name]})")
-    return args
-
-
-def check_args(args: Args) -> None:
-    """Refuse values that cannot work, naming the argument."""
-    # The linear schedule's last beta is 20 / K; DPM-Solver leaves the first step's noise, much with few steps
-    least = {"linear": 21, "vp": 100 if args.sampler == "dpm-solver" else 2}[args.beta_schedule]
-    counts = ("num_updates", "log_every", "save_every", "eval_every")
-    bounds: dict[str, Any] = dict.fromkeys(counts, (1, 1e12)) | {"diffusion_steps": (least, 1e5)}
-    bounds |= dict.fromkeys(("batch_size", "eval_candidates"), (1, 1e5)) | {"seed": (0, 2**32)}
-    bounds |= dict.fromkeys(("eval_episodes", "num_threads"), (1, 1e3)) | dict.fromkeys(("gamma", "tau"), (0, 1))
-    bounds |= {"sampler_steps": (1, args.diffusion_steps if args.sampler != "ddpm" else 1e5), "lr": (1e-12, math.inf)}
-    bounds |= dict.fromkeys(("max_grad_norm", "diffusion_coef"), (0, math.inf))
-    bounds |= dict.fromkeys(("guidance_coef", "inverse_temperature"), (0, math.inf)) | {"expectile": (0, 1)}
-    bounds |= {"weight_cap": (1e-12, 1e30)}
-    where = {"diffusion_steps": f" with --beta-schedule {args.beta_schedule} and --sampler {args.sampler}"}
-    for name, (low, high) in bounds.items():
-        if not (low <= (value := getattr(args, name)) <= high) or math.isinf(value):
-            flag = f"--{name.replace('_', '-')}"
-            fail(f"{flag} must lie between {low:g} and {high:g}{where.get(name, '')}, got {value}")
-
-
-# ---------------------------------------------------------------------------------------------------------------- Data
-D4RL = {  # agent: Gymnasium environment, D4RL's returns of a random and an expert policy
-    "hopper": ("Hopper-v4", (-20.272305, 3234.3)),
-    "walker2d": ("Walker2d-v4", (1.629008, 4592.3)),
-    "halfcheetah": ("HalfCheetah-v4", (-280.178953, 12135.0)),
-    "ant": ("Ant-v4", (-325.6, 3879.7)),
-}
-LEVELS = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
-D4RL_IDS = [f"{agent}-{level}-v2" for agent in D4RL for level in LEVELS]
-MINI_IDS = [f"{agent}-{level}-mini" for agent in ("hopper", "walker2d", "halfcheetah") for level in LEVELS[1:4]]
-PRESETS = dict.fromkeys(D4RL_IDS, LOCOMOTION) | dict.fromkeys(MINI_IDS, MINI) | PRESETS  # ids that are not above
-D4RL_URLS = (  # tried in this order
-    "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/{}",
-    "https://huggingface.co/datasets/imone/D4RL/resolve/main/{}",
-)
-Columns = dict[str, np.ndarray]  # D4RL's arrays: observations (N, S), actions (N, A), rewards (N,), terminals (N,), ...
-
-
-class Transform(NamedTuple):
-    """How the networks see observations and rewards, the same for data and evaluation."""
-
-    obs_shift: Any = 0.0  # a number or (S,)
-    obs_scale: Any = 1.0
-    reward_shift: float = 0.0
-    reward_scale: float = 1.0
-
-    def obs(self, s: Any) -> Any:
-        return (s + self.obs_shift) * self.obs_scale
-
-    def reward(self, r: Any) -> Any:
-        return (r + self.reward_shift) * self.reward_scale
-
-
-KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-
-
-def read_hdf5(path: Path) -> Columns:
-    """Read and check a file in D4RL's layout. OSError: missing, not HDF5, truncated; ValueError: bad content."""
-    try:
-        with h5py.File(path, "r") as file:
-            columns = {key: np.asarray(file[key][()]) for key in KEYS if isinstance(file.get(key), h5py.Dataset)}
-    except Exception as error:  # a damaged file can raise anything
-        raise OSError(f"cannot be read as HDF5: {error}") from error
-    return check(columns)
-
-
-@np.errstate(all="ignore")  # what a damaged file holds can overflow
-def check(columns: Columns) -> Columns:
-    """The same columns, if their shapes fit together and their values can be trained on; else ValueError."""
-    if missing := [key for key in KEYS[:4] if key not in columns or columns[key].ndim == 0]:
-        raise ValueError(f"no {', '.join(missing)}")
-    for key, column in columns.items():
-        expected = (len(columns["rewards"]), *columns["observations" if "obs" in key else key].shape[1:])
-        if column.shape != expected or column.ndim != (2 if "obs" in key or key == "actions" else 1) or not column.size:
-            raise ValueError(f"{key} has shape {column.shape} for {len(columns['rewards'])} rewards")
-        if column.dtype.kind not in "fiub" or not (np.abs(column.astype(np.float64)) < 1e8).all():
-            raise ValueError(f"{key} has values that are not finite numbers below 1e8")
-    if (largest := np.abs(columns["actions"].astype(np.float64)).max()) > 1.001:
-        raise ValueError(f"actions reach {largest:.4g}, expected [-1, 1]")
-    return columns
-
-
-def download_d4rl(name: str) -> Path:
-    """Path of a D4RL file in D4RL_DATASET_DIR (default ~/.d4rl/datasets), downloaded where it is missing."""
-    import pooch
-
-    folder = Path(os.path.expanduser(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"))
-    errors = []
-
-    def download(url: str, output: Any, fetcher: Any) -> None:
-        pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)(url, output, fetcher)
-        read_hdf5(Path(output))  # half a file or an error page must not take the data's place
-
-    pooch.get_logger().setLevel("WARNING")
-    for url in (template.format(name) for template in D4RL_URLS):
-        try:
-            fetcher = pooch.create(folder, "", registry={name: None}, urls={name: url}, retry_if_failed=1)
-            return Path(fetcher.fetch(name, downloader=download))
-        except (OSError, ValueError) as error:  # those of requests are OSErrors
-            errors.append(f"{url}: {str(error)[:150]}")
-    fail(f"cannot download {name} ({'; '.join(errors)}); put the file into {folder} or set D4RL_DATASET_DIR")
-
-
-def load_minari(env_id: str) -> tuple[Columns, Callable[..., gym.Env], tuple[float, float] | None]:
-    """Columns, environment and reference returns of a Minari set; Dict observations flattened in sorted key order."""
-
-    def flat(obs: Any) -> np.ndarray:
-        parts = [flat(obs[key]) for key in sorted(obs)] if isinstance(obs, dict) else [obs.reshape(len(obs), -1)]
-        return np.concatenate(parts, axis=1)
-
-    def make_env(**kwargs: Any) -> gym.Env:
-        return gym.wrappers.FlattenObservation(dataset.recover_environment(eval_env=True, **kwargs))  # the same order
-
-    try:
-        import minari
-
-        dataset, episodes = minari.load_dataset(env_id, download=True), []
-        for e in dataset.iterate_episodes():
-            obs, timeouts = flat(e.observations), e.truncations & ~e.terminations
-            episodes.append((obs[:-1], e.actions, e.rewards, e.terminations, timeouts, obs[1:]))
-        columns = check(
-            {key: np.concatenate(parts) for key, parts in zip(KEYS, zip(*episodes, strict=True), strict=True)}
-        )
-    except ImportError:
-        fail(f"{env_id} is a Minari id: pip install 'minari[all]'")
-    except Exception as error:  # Minari raises many kinds: no such set, no network, a format that is not ours
-        fail(f"Minari data set {env_id}: {error!r}")
-    scores = [dataset.storage.metadata.get(key) for key in ("ref_min_score", "ref_max_score")]
-    return columns, make_env, None if None in scores else (float(scores[0]), float(scores[1]))
-
-
-def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple[float, float] | None, dict[str, str]]:
-    """Data, evaluation environment, reference returns and file of --env-id and --dataset-path; exit 2 if unusable."""
-    if args.dataset_path is None and "/" in args.env_id:
-        found = load_minari(args.env_id)
-        digest = hashlib.sha256(b"".join(column.tobytes() for column in found[0].values())).hexdigest()
-        return *found, {"file": f"minari:{args.env_id}", "sha256": digest}
-    make_env, reference = None, None
-    if args.dataset_path is not None:
-        path = Path(args.dataset_path)
-    elif args.env_id in MINI_IDS:
-        path = Path(__file__).parent / "datasets" / f"{args.env_id}.hdf5"
-        if not path.exists():
-            origin = "copy it from datasets/" if "hopper" in args.env_id else "make it by datasets/collect.py"
-            fail(f"{path} is missing: {origin} of this script's repository, or give --dataset-path or a D4RL id")
-    elif args.env_id in D4RL_IDS:
-        path = download_d4rl(f"{args.env_id[:-3].replace('-', '_')}-v2.hdf5")
-    else:
-        close = difflib.get_close_matches(args.env_id, MINI_IDS + D4RL_IDS, n=3, cutoff=0.0)
-        fail(f"unknown --env-id {args.env_id}; close to it: {', '.join(close)}; for your own data give --dataset-path")
-    try:
-        if not path.is_file():
-            raise OSError("not a file")
-        columns = read_hdf5(path)
-        source = {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    except (OSError, ValueError) as error:
-        fail(f"{path}: {error}")
-
-    gym_id, options = args.env_id, {}
-    if args.env_id in MINI_IDS + D4RL_IDS:
-        gym_id, reference = D4RL[args.env_id.split("-")[0]]
-        options = {"use_contact_forces": True} if gym_id == "Ant-v4" else {}  # D4RL's 111 dimensions
-    if gym_id in gym.registry:
-        warnings.filterwarnings("ignore", message=".*out of date|MuJoCo: .*deprecated")  # v4's rewards are D4RL's
-        make_env, limit = partial(gym.make, gym_id, **options), gym.registry[gym_id].max_episode_steps
-        if "timeouts" not in columns and limit:
-            columns["timeouts"] = timeouts_by_limit(columns["terminals"].astype(bool), limit)
-    if args.dataset_path is not None and args.env_id == Args.env_id:
-        print(f"note: {path} with presets and environment of the default --env-id, {args.env_id}", file=sys.stderr)
-    return columns, make_env, reference, source
-
-
-def timeouts_by_limit(terminals: np.ndarray, limit: int) -> np.ndarray:
-    """(N,) bool, the rows that D4RL's qlearning_dataset takes for timeouts where the file does not say.
-
-    Its step counter starts at 1, not 0, after a terminal row that is kept; so does this one, for the same rows.
-    """
-    timeouts, start, counter = np.zeros(len(terminals), bool), 0, 0
-    for end in [*np.flatnonzero(terminals), len(terminals) - 1]:
-        timeouts[start : end + 1] = np.arange(counter, counter + end + 1 - start) % limit == limit - 1
-        start, counter = end + 1, int(not timeouts[end])
-    return timeouts
-
-
-def make_transitions(columns: Columns, args: Args, limit: int = 1_000) -> tuple[np.ndarray, Transform]:
-    """Rows [s, a, s', r, mask] of D4RL's qlearning_dataset, (N, S+A+S+2) float32, and the transform they went through.
-
-    Timeout rows and the last row are dropped, terminal rows kept; mask is 0 on terminal rows, else 1.
-    """
-    obs, rewards, terminals = columns["observations"], columns["rewards"], columns["terminals"].astype(bool)
-    timeouts = columns["timeouts"].astype(bool) if "timeouts" in columns else timeouts_by_limit(terminals, limit)
-    keep = ~timeouts & (np.arange(len(obs)) < len(obs) - 1)
-    next_obs = columns.get("next_observations", np.roll(obs, -1, axis=0))
-    transform = Transform()
-    if args.reward_transform == "return-range":
-        starts = np.flatnonzero(np.append(True, (terminals | timeouts)[:-1]))
-        returns = np.add.reduceat(rewards.astype(np.float64), starts)
-        spread = float(np.ptp(returns))  # equal but for rounding: as they are
-        transform = transform._replace(reward_scale=1_000 / spread if spread > 1e-6 * np.abs(returns).max() else 1.0)
-    elif args.reward_transform == "minus-one":
-        transform = transform._replace(reward_shift=-1.0)
-    elif args.reward_transform == "times-four":
-        transform = transform._replace(reward_shift=-0.5, reward_scale=4.0)
-    elif args.reward_transform == "min-max":
-        low, high = float(rewards.min()), float(rewards.max())
-        transform = transform._replace(reward_shift=-(low + high) / 2, reward_scale=2 / max(high - low, 1e-6))
-    if args.observation_transform != "none":
-        axis = 0 if args.observation_transform == "per-dimension" else None
-        mean, std = obs.mean(axis, dtype=np.float64), obs.std(axis, dtype=np.float64)
-        transform = transform._replace(obs_shift=-mean, obs_scale=1 / std.clip(1e-3))
-    r, mask = transform.reward(rewards)[:, None], ~terminals[:, None]
-    actions = columns["actions"].clip(-0.999, 0.999)  # as the official code
-    parts = (transform.obs(obs), actions, transform.obs(next_obs), r, mask)
-    return np.concatenate([part[keep].astype(np.float32) for part in parts], axis=1), transform
+    def __post_init__(self) -> None:
+        counts = "num_updates log_every save_every eval_every eval_candidates batch_size num_threads"
+        bounds: dict[str, Any] = dict.fromkeys(counts.split(), (1, 1e12))
+        bounds |= dict.fromkeys(("gamma", "tau", "expectile"), (0, 1))
+        bounds |= dict.fromkeys(("max_grad_norm", "diffusion_coef", "guidance_coef", "inverse_temperature"), (0, 1e12))
+        bounds |= {"seed": (0, 2**32), "eval_episodes": (0, 1e4), "lr": (1e-12, 1e3), "weight_cap": (1e-12, 1e30)}
+        # The last beta of the schedule is 20 / K, and must stay below 1
+        bounds |= {"diffusion_steps": (21, 1e5), "sampler_steps": (1, self.diffusion_steps)}
+        for name, (low, high) in bounds.items():
+            if not low <= getattr(self, name) <= high:  # NaN is not, either
+                fail(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], got {getattr(self, name)}")
 
 
 # ------------------------------------------------------------------------------------------------------------ Networks
-class Mish(torch.autograd.Function):
-    """x tanh(softplus(x)) = x - 2 x / ((1 + e^x)^2 + 1): nn.Mish, on a CPU three times as fast, in few buffers."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        if not ctx.needs_input_grad[0]:
-            v = x.exp().add_(1).square_().add_(1)
-            return torch.addcdiv(x, x, v, value=-2, out=v)
-        p = torch.sigmoid(x)
-        w = (p - 1).square_().add_(1).reciprocal_()  # 1 - 1 / v, and finite for every x
-        p.mul_(x).mul_(w).addcmul_(p, w, value=-1)  # p x (w - w^2)
-        w.mul_(2).sub_(1)
-        y = w * x
-        ctx.save_for_backward(w.add_(p, alpha=4))  # dy/dx
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * ctx.saved_tensors[0]
-
-
-class Linear(nn.Linear):
-    """Between hidden layers. With --matmul-precision medium products take and give bfloat16, on every device.
-
-    PyTorch's own switch does so where the hardware can for float32 tensors: of CPUs, those with AMX.
-    """
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs)
-        self.coarse = torch.get_float32_matmul_precision() == "medium"  # asked here: the compiler cannot
+class Mish(nn.Module):
+    """x tanh(softplus(x)) = x - 2 x / ((1 + e^x)^2 + 1): one exponential, which the compiler can fuse."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.coarse:
-            return super().forward(x)
-        return nn.functional.linear(x.bfloat16(), self.weight.bfloat16()).float() + self.bias
+        v = (x.clamp(max=20).exp() + 1).square() + 1  # beyond 20 it is x in float32
+        return torch.addcdiv(x, x, v, value=-2)
 
 
-class MLP(nn.Module):
-    """Mish network, initialised like the official code's (flax: LeCun normal, there truncated, zero bias)."""
+class MLP(nn.Sequential):
+    """Layers with Mish between them, initialised as in the official code: LeCun normal weights, zero biases."""
 
     def __init__(self, inputs: int, outputs: int, hidden: tuple[int, ...] = (256, 256, 256)) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList()
-        for fan_in, fan_out in zip((inputs, *hidden), (*hidden, outputs), strict=True):
-            layer = (Linear if 0 < len(self.layers) < len(hidden) else nn.Linear)(fan_in, fan_out)
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in itertools.pairwise((inputs, *hidden, outputs)):
+            layer = nn.Linear(fan_in, fan_out)
             nn.init.normal_(layer.weight, std=fan_in**-0.5)
             nn.init.zeros_(layer.bias)
-            self.layers.append(layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = Mish.apply(layer(x))
-        return self.layers[-1](x)
-
-
-def flatten(network: nn.Module) -> nn.Parameter:
-    """All parameters of a network as one vector that they become views of: one tensor for Adam, clip and target."""
-    parameters = list(network.parameters())
-    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    for p, values in zip(parameters, flat.data.split([p.numel() for p in parameters]), strict=True):
-        p.data = values.view_as(p)
-    return flat
+            layers += [layer, Mish()]
+        super().__init__(*layers[:-1])
 
 
 class Policy(nn.Module):
@@ -471,8 +144,8 @@ class Policy(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, time_dim: int = 16) -> None:
         super().__init__()
-        self.act_dim = act_dim
-        self.frequencies = nn.Buffer(10_000 ** (-torch.arange(time_dim // 2) / (time_dim // 2)), persistent=False)
+        self.act_dim, half = act_dim, time_dim // 2
+        self.frequencies = nn.Buffer(10_000 ** (-torch.arange(half) / half), persistent=False)
         self.time_mlp = MLP(time_dim, time_dim, hidden=(2 * time_dim,))
         self.net = MLP(obs_dim + act_dim + time_dim, act_dim)
 
@@ -499,89 +172,83 @@ class Critic(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------- Diffusion
 class Diffusion:
-    """Schedule, forward noising, action approximation and samplers.
+    """Noise schedule, forward noising, action approximation and samplers.
 
     Tables are (K,) float32; step k of the paper, from 1 to K, is index k - 1. Actions lie in [-1, 1].
     """
 
-    def __init__(
-        self, K: int, sampler: str, steps: int, solver_order: int, device: torch.device, schedule: str = "linear"
-    ) -> None:
-        beta = np.linspace(0.1 / K, 20 / K, K)  # 1e-4 to 0.02 at K = 1000
-        if schedule == "vp":  # the continuous process of the linear schedule, in K steps
-            beta = -np.expm1(-0.1 / K - 0.5 * (10 - 0.1) * (2 * np.arange(K) + 1) / K**2)
+    def __init__(self, args: Args, device: torch.device) -> None:
+        self.K, steps, order = args.diffusion_steps, args.sampler_steps, args.solver_order
+        k = np.arange(1, self.K + 1)
+        beta = np.linspace(0.1 / self.K, 20 / self.K, self.K)  # 1e-4 to 0.02 at K = 1000
         alpha_bar = np.cumprod(1 - beta)
         alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
 
         def table(values: Any) -> Tensor:
-            return torch.as_tensor(np.asarray(values), dtype=torch.float32, device=device)
+            return torch.as_tensor(values, dtype=torch.float32, device=device)
 
-        self.K, self.sampler, self.steps = K, sampler, steps
-        self.index = torch.arange(K, device=device)  # steps as the network is given them
-        self.draws = K + 1 if sampler == "ddpm" else 1  # Gaussian vectors that a sample takes
-        self.sqrt_alpha_bar, self.sqrt_one_minus_alpha_bar = table(alpha_bar**0.5), table((1 - alpha_bar) ** 0.5)
-        # Weight of the ELBO; 1 - abar^0 = 0 is replaced by 1 - abar^1, as is usual for the posterior's variance
+        self.sampler, self.k_index = args.sampler, table(k - 1)
+        self.num_noises = self.K + 1 if self.sampler == "ddpm" else 1  # Gaussian vectors that one sample takes
+        self.sqrt_alpha_bar = table(alpha_bar**0.5)
+        self.sqrt_one_minus_alpha_bar = table((1 - alpha_bar) ** 0.5)
+        # The paper's ELBO weight divides by 1 - abar^{k-1}, which is 0 at k = 1: there, by 1 - abar^1
         self.elbo_weight = table(beta / (2 * (1 - beta) * np.maximum(1 - alpha_bar_prev, 1 - alpha_bar[0])))
-        # q(a^{k-1} | a^k, a^0)
+        # DDPM: mean and deviation of q(a^{k-1} | a^k, a^0)
         self.posterior_a0 = table(beta * alpha_bar_prev**0.5 / (1 - alpha_bar))
         self.posterior_ak = table((1 - alpha_bar_prev) * (1 - beta) ** 0.5 / (1 - alpha_bar))
         self.posterior_std = table((beta * (1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5)
-        self.ddim_steps = np.linspace(K - 1, 0, steps).round().astype(int).tolist()
-        # DPM-Solver's network calls, uniform in time from 1 to the end; log alpha_t is linear between t = k / K
-        t = np.linspace(1.0, max(1e-3, 1 / K), steps + 1)
-        log_alpha = np.interp(t, np.arange(1, K + 1) / K, 0.5 * np.log(alpha_bar))
-        self.alpha, self.sigma = np.exp(log_alpha).tolist(), np.sqrt(1 - np.exp(2 * log_alpha)).tolist()
-        self.lambda_ = (log_alpha - np.log(self.sigma)).tolist()
-        self.t_index = table(K * t - 1)  # what the network is given: fractional steps
-        n, rest = divmod(steps, solver_order)
-        self.orders = [solver_order] * n + [rest] * (rest > 0)
-        if solver_order == 3 and rest == 0:  # the last steps are where order 3 is least stable
+        # DPM-Solver calls the network at times t; log alpha_t is linear between the t = k / K. It starts at 1, or where
+        # the signal is not lost to rounding yet, and ends at 1e-3, or at the first step (the official code: NaN)
+        t = np.linspace((alpha_bar > 1e-5).sum() / self.K, max(1e-3, 1 / self.K), steps + 1)
+        log_alpha = np.interp(t, k / self.K, 0.5 * np.log(alpha_bar))
+        log_sigma = 0.5 * np.log(1 - np.exp(2 * log_alpha))
+        self.alpha, self.sigma = np.exp(log_alpha).tolist(), np.exp(log_sigma).tolist()
+        self.lambda_ = (log_alpha - log_sigma).tolist()
+        self.t_index = table(self.K * t - 1)  # fractional steps
+        self.orders = [order] * (steps // order) + [steps % order] * (steps % order > 0)
+        if order == 3 and steps % 3 == 0:  # the last steps are where order 3 is least stable
             self.orders[-1:] = [2, 1]
+        if self.sampler == "dpm-solver" and self.sigma[-1] > 0.15:  # such noise stays in the actions
+            fail(f"dpm-solver would end at a noise of {self.sigma[-1]:.2f}: more --diffusion-steps, or --sampler ddpm")
 
-    def forward_noising(self, a0: Tensor, k: Tensor, epsilon: Tensor) -> Tensor:
+    def add_noise(self, a0: Tensor, k: Tensor, epsilon: Tensor) -> Tensor:
         """a^k of actions (B, A), steps (B,) and noise (B, A)."""
         return self.sqrt_alpha_bar[k, None] * a0 + self.sqrt_one_minus_alpha_bar[k, None] * epsilon
 
-    def approximate_action(self, a_k: Tensor, k: Tensor | int, epsilon: Tensor) -> Tensor:
-        """a_hat^0 (B, A); clipped to the action range as in the official code: no gradient from beyond."""
+    def approximate(self, a_k: Tensor, k: Tensor | int, epsilon: Tensor) -> Tensor:
+        """a_hat^0 (B, A); clipped to the action range as in the official code, so without gradient from beyond."""
         a0 = (a_k - self.sqrt_one_minus_alpha_bar[k, None] * epsilon) / self.sqrt_alpha_bar[k, None]
         return a0.clamp(-1, 1)
 
     def sample(self, policy: Policy, s: Tensor, noise: Tensor) -> Tensor:
-        """Actions (B, A) for states (B, S) by the chosen sampler, from noise (draws, B, A)."""
+        """Actions (B, A) for states (B, S), from Gaussian noise (num_noises, B, A)."""
         if self.sampler == "dpm-solver":
             return self.dpm_solver(policy, s, noise[0])
-        return self.ddim(policy, s, noise[0]) if self.sampler == "ddim" else self.ddpm(policy, s, noise)
+        # Unrolled, many calls of the network would compile for minutes
+        return (torch.compiler.disable(self.ddpm) if self.K > 20 else self.ddpm)(policy, s, noise)
 
     def ddpm(self, policy: Policy, s: Tensor, noise: Tensor) -> Tensor:
         """Ancestral sampling; noise (K + 1, B, A): a^K, then one per step."""
         a = noise[0]
-        for k, z in zip(range(self.K - 1, -1, -1), noise[1:], strict=True):
-            a0 = self.approximate_action(a, k, policy(s, a, self.index[k]))
+        for k, z in zip(reversed(range(self.K)), noise[1:], strict=True):
+            a0 = self.approximate(a, k, policy(s, a, self.k_index[k]))
             a = self.posterior_a0[k] * a0 + self.posterior_ak[k] * a + self.posterior_std[k] * z  # std is 0 at the end
         return a
 
-    def ddim(self, policy: Policy, s: Tensor, a: Tensor) -> Tensor:
-        """Deterministic (eta = 0) sampling from a^K (B, A) over evenly spaced steps."""
-        for k, k_next in itertools.pairwise(self.ddim_steps):
-            a0 = self.approximate_action(a, k, policy(s, a, self.index[k]))
-            epsilon = (a - self.sqrt_alpha_bar[k] * a0) / self.sqrt_one_minus_alpha_bar[k]
-            a = self.sqrt_alpha_bar[k_next] * a0 + self.sqrt_one_minus_alpha_bar[k_next] * epsilon
-        last = self.ddim_steps[-1]
-        return self.approximate_action(a, last, policy(s, a, self.index[last]))
-
     def dpm_solver(self, policy: Policy, s: Tensor, a: Tensor) -> Tensor:
         """Singlestep DPM-Solver from a^K (B, A)."""
+
+        def epsilon(x: Tensor, i: int) -> Tensor:
+            """The noise at time t_i, clipped so that the action it implies lies in [-1, 1]."""
+            predicted = policy(s, x, self.t_index[i])
+            a0 = ((x - self.sigma[i] * predicted) / self.alpha[i]).clamp(-1, 1)
+            return (x - self.alpha[i] * a0) / self.sigma[i]
+
         i = 0
         for order in self.orders:
-            a = self.dpm_solver_step(lambda x, j: self.clip_noise(policy(s, x, self.t_index[j]), x, j), a, i, order)
+            a = self.dpm_solver_step(epsilon, a, i, order)
             i += order
         return a
-
-    def clip_noise(self, epsilon: Tensor, x: Tensor, i: int) -> Tensor:
-        """Noise (B, A) clipped so that the action it implies at time t_i lies in [-1, 1]."""
-        a0 = ((x - self.sigma[i] * epsilon) / self.alpha[i]).clamp(-1, 1)
-        return (x - self.alpha[i] * a0) / self.sigma[i]
 
     def dpm_solver_step(self, epsilon: Callable[[Tensor, int], Tensor], x: Tensor, i: int, order: int) -> Tensor:
         """x at t_i -> x at t_{i + order}, with `order` calls of epsilon(x, j), the noise at t_j."""
@@ -601,17 +268,11 @@ class Diffusion:
         return alpha[j] / alpha[i] * x - sigma[j] * (math.expm1(h) * e0 + (math.expm1(h) - h) / r2h * d2)
 
 
-# -------------------------------------------------------------------------------------------------------------- Losses
+# ----------------------------------------------------------------------------------------------------------- Algorithm
 def value_loss(v: Tensor, q: Tensor, expectile: float) -> Tensor:
     """Expectile regression of V (B,) on Q (B,): |expectile - 1(q < v)| (q - v)^2, IQL Eq. (5)."""
     weight = torch.where(q > v, expectile, 1 - expectile)
     return (weight * (q - v).square()).mean()
-
-
-def critic_losses(q1: Tensor, q2: Tensor, r: Tensor, mask: Tensor, next_v: Tensor, gamma: float) -> list[Tensor]:
-    """Mean squared error of each critic against r + gamma mask V(s'), all (B,), IQL Eq. (6)."""
-    target = r + gamma * mask * next_v
-    return [(q - target).square().mean() for q in (q1, q2)]
 
 
 def iql_weight(q: Tensor, v: Tensor, inverse_temperature: float, cap: float) -> Tensor:
@@ -619,199 +280,68 @@ def iql_weight(q: Tensor, v: Tensor, inverse_temperature: float, cap: float) -> 
     return (inverse_temperature * (q - v)).exp().clamp(max=cap)
 
 
-def reconstruct(
-    diffusion: Diffusion, policy: Policy, s: Tensor, a: Tensor, k: Tensor, epsilon: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Squared noise error, whose mean is the diffusion loss, and a_hat^0, both (B, A), at steps k (B,)."""
-    a_k = diffusion.forward_noising(a, k, epsilon)
-    epsilon_hat = policy(s, a_k, k)
-    return (epsilon - epsilon_hat).square(), diffusion.approximate_action(a_k, k, epsilon_hat)
-
-
-def weighted_regression(
-    diffusion: Diffusion, error: Tensor, a: Tensor, a_hat_0: Tensor, k: Tensor, f: Tensor, likelihood: str
-) -> Tensor:
-    """E f ||a - a_hat^0||^2 / 2 (mse) or the weighted ELBO, with weights f (B,)."""
-    if likelihood == "elbo":
-        return (diffusion.elbo_weight[k] * f * error.sum(1)).mean()
-    return 0.5 * (f * (a - a_hat_0).square().sum(1)).mean()  # -log N(a; a_hat^0, I) up to a constant, as official
-
-
-# -------------------------------------------------------------------------------------------------------------- Update
-def make_networks(obs_dim: int, act_dim: int, device: torch.device) -> dict[str, Any]:
-    """The networks and their target copies."""
-    critic = Critic(obs_dim, act_dim)
-    networks = {"policy": Policy(obs_dim, act_dim), "value": MLP(obs_dim, 1), "critic": critic}
-    networks["critic_target"] = copy.deepcopy(critic).requires_grad_(False)
-    return {name: network.to(device) for name, network in networks.items()}
+def make_networks(obs_dim: int, act_dim: int) -> dict[str, Any]:
+    """The networks and the target copy of the critic."""
+    networks = {"policy": Policy(obs_dim, act_dim), "value": MLP(obs_dim, 1), "critic": Critic(obs_dim, act_dim)}
+    networks["critic_target"] = copy.deepcopy(networks["critic"]).requires_grad_(False)
+    return networks
 
 
 def draw(args: Args, diffusion: Diffusion, act_dim: int, device: torch.device) -> dict[str, Tensor]:
-    """What chance decides in one update, apart from the batch."""
-    return {
-        "k": torch.randint(args.diffusion_steps, (args.batch_size,), device=device),
-        "epsilon": torch.randn(args.batch_size, act_dim, device=device),
-    }
-
-
-def schedule(args: Args, step: int, device: torch.device) -> dict[str, Tensor]:
-    """What an update is given by its number: nothing here."""
-    return {}
-
-
-class Captured:
-    """A function as one CUDA graph: three calls as they are, the fourth is captured, and replayed from then on.
-
-    Tensor arguments are copied in; networks, optimisers and torch's generator are shared; all else is as captured.
-    """
-
-    def __init__(self, update: Callable[..., dict[str, Tensor]]) -> None:
-        self.update, self.calls, self.graph, self.stream = update, 0, None, torch.cuda.Stream()
-        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")  # for the three calls
-
-    def capture(self) -> None:
-        graph: Any = torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream()
-        try:  # records, computes nothing; a compiler that began anew would wait for the device
-            with torch.compiler.set_stance("fail_on_recompile"), torch.cuda.graph(graph, stream=self.stream):
-                self.metrics = self.update(**self.inputs)
-            self.graph = graph
-        except RuntimeError as error:
-            torch.cuda.set_stream(current)  # which a failed capture does not
-            self.failed, cause = graph, error.__context__ or error  # an error in the capture fails its end too
-            told = (str(cause) or repr(cause)).splitlines()[0]
-            print(f"warning: no CUDA graph: {told}; goes on without", file=sys.stderr)
-
-    def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        self.calls += 1
-        if self.calls == 1:  # the same tensors for all calls: others would be compiled for anew
-            self.inputs = {name: x.clone(memory_format=torch.contiguous_format) for name, x in inputs.items()}
-        for name, x in inputs.items():
-            self.inputs[name].copy_(x)
-        if self.calls == 4:
-            self.capture()
-        if self.graph:
-            self.graph.replay()
-            return self.metrics
-        if self.calls >= 4:
-            return self.update(**self.inputs)
-        current = torch.cuda.current_stream()
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):  # where compiler, cuBLAS and autograd set themselves up for the capture
-            metrics = self.update(**self.inputs)
-        current.wait_stream(self.stream)
-        return metrics
-
-
-def accelerate(args: Args, update: Callable, networks: Iterable[nn.Module], device: torch.device) -> Callable:
-    """The update compiled, where a compiler works; on cuda networks compiled for sampling too.
-
-    auto: on a CPU the run must have enough updates to earn the compiling back.
-    """
-    cuda, worth = device.type == "cuda", device.type == "cpu" and args.num_updates >= 10_000
-    if args.compile == "off" or (args.compile == "auto" and not (cuda or worth)):
-        return update
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-        torch._dynamo.config.trace_autograd_ops = True  # gradients in the same code as their loss
-        torch._dynamo.config.suppress_errors = True  # a slower run rather than none
-        torch._dynamo.config.specialize_float = True  # numbers are constants, whichever came first
-        torch._inductor.config.fallback_random = True  # the same noise as without
-        for network in networks if cuda else ():
-            network.compile()
-        update = torch.compile(update)
-        say("--compile: the first update may take minutes")
-    except Exception as error:  # every backend has its own kind
-        print(f"warning: --compile: {(str(error) or repr(error)).splitlines()[0]}; goes on without", file=sys.stderr)
-    return update
-
-
-def capture(args: Args, function: Callable, device: torch.device) -> Callable:
-    """The function in one CUDA graph, on cuda; nothing in it may depend on numbers that change between calls."""
-    return Captured(function) if device.type == "cuda" and args.compile != "off" else function
+    """Random draws of one update: diffusion steps k and noise epsilon."""
+    k = torch.randint(diffusion.K, (args.batch_size,), device=device)
+    return {"k": k, "epsilon": torch.randn(args.batch_size, act_dim, device=device)}
 
 
 def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
-    """The update of Algorithm 1 with IQL's critics, a batch and its random draws -> metrics, and its optimisers."""
-    policy, value, critic, critic_target = (networks[name] for name in ("policy", "value", "critic", "critic_target"))
-    # One vector per network: each is clipped on its own, as in the official code
-    critic_vectors, target_vectors = ([flatten(c.q1), flatten(c.q2)] for c in (critic, critic_target))
-    vectors = {"policy": [flatten(policy)], "value": [flatten(value)], "critic": critic_vectors}
-    parameters = {name: list(networks[name].parameters()) for name in vectors}
-    device = vectors["policy"][0].device
-    capturable = device.type == "cuda" and args.compile != "off"
-    adam = partial(torch.optim.Adam, lr=args.lr, fused=device.type in ("cpu", "cuda"), capturable=capturable)
-    optimizers = {name: adam(vector) for name, vector in vectors.items()}
-
-    def differentiate(name: str, loss: Tensor) -> None:
-        """The clipped gradient of each vector of a network."""
-        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters[name])])
-        for vector, part in zip(vectors[name], gradient.chunk(len(vectors[name])), strict=True):
-            vector.grad = part
-            if args.max_grad_norm > 0:
-                nn.utils.clip_grad_norm_(vector, args.max_grad_norm)
-
-    @torch.compiler.disable  # what lies between two of these is compiled as a whole, if no graph of gradients crosses
-    def step(*names: str) -> None:
-        for name in names:
-            optimizers[name].step()
+    """Algorithm 1 with IQL's critics: the update, (batch, number of the update, draws) -> metrics; its optimisers."""
+    policy, value, critic, critic_target = networks.values()
+    minimize, step, optimizers = make_optimizers(args, networks, "policy", "value", "critic")
 
     def update(
-        s: Tensor, a: Tensor, next_s: Tensor, r: Tensor, mask: Tensor, k: Tensor, epsilon: Tensor
+        s: Tensor, a: Tensor, next_s: Tensor, r: Tensor, mask: Tensor, count: Tensor, k: Tensor, epsilon: Tensor
     ) -> dict[str, Tensor]:
+        # V: expectile regression on Q
         with torch.no_grad():
             q = critic_target.min(s, a)
         v_loss = value_loss(value(s)[:, 0], q, args.expectile)
-        differentiate("value", v_loss)
-        v_loss = v_loss.detach()
+        metrics = {"losses/value_loss": v_loss.detach()}
+        minimize("value", v_loss)
         step("value")
-
         with torch.no_grad():  # the new V serves policy and critics, as in the official code
             v, next_v = value(torch.cat([s, next_s]))[:, 0].chunk(2)
-            f = iql_weight(q, v, args.inverse_temperature, args.weight_cap)
-        error, a_hat_0 = reconstruct(diffusion, policy, s, a, k, epsilon)
-        diffusion_loss = error.mean()
-        guidance_loss = weighted_regression(diffusion, error, a, a_hat_0, k, f, args.likelihood)
+
+        # Policy: diffusion loss, and weighted regression of the action approximation
+        a_k = diffusion.add_noise(a, k, epsilon)
+        epsilon_hat = policy(s, a_k, k)
+        a_hat_0 = diffusion.approximate(a_k, k, epsilon_hat)
+        error = (epsilon - epsilon_hat).square()
+        diffusion_loss = error.mean()  # not in the paper's objective: the official code adds it
+        f = iql_weight(q, v, args.inverse_temperature, args.weight_cap)
+        if args.likelihood == "mse":  # -log N(a; a_hat^0, I) up to a constant, as the official code
+            guidance_loss = 0.5 * (f * (a - a_hat_0).square().sum(1)).mean()
+        else:
+            guidance_loss = (f * diffusion.elbo_weight[k] * error.sum(1)).mean()
         policy_loss = args.diffusion_coef * diffusion_loss + args.guidance_coef * guidance_loss
 
+        # Q: regression on r + gamma V(s'), IQL Eq. (6)
+        target = r + args.gamma * mask * next_v
         q1, q2 = critic(s, a)
-        qf1_loss, qf2_loss = critic_losses(q1, q2, r, mask, next_v, args.gamma)
-        losses = {"value_loss": v_loss, "qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "policy_loss": policy_loss}
-        losses |= {"diffusion_loss": diffusion_loss, "guidance_loss": guidance_loss, "weight_mean": f.mean()}
-        losses |= {"q_mean": q1.mean(), "q_max": q1.max(), "v_mean": v.mean()}
-        metrics = {f"losses/{name}": loss.detach() for name, loss in losses.items()}
+        qf1_loss, qf2_loss = F.mse_loss(q1, target), F.mse_loss(q2, target)
 
-        differentiate("policy", policy_loss)
-        differentiate("critic", qf1_loss + qf2_loss)
+        # Detached before the gradients: where a loss is used after them, the compiler breaks the update into pieces
+        losses = {"policy_loss": policy_loss, "diffusion_loss": diffusion_loss, "guidance_loss": guidance_loss}
+        losses |= {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "q_mean": q1.mean(), "q_max": q1.max()}
+        losses |= {"v_mean": v.mean(), "weight_mean": f.mean()}
+        metrics |= {f"losses/{name}": loss.detach() for name, loss in losses.items()}
+        minimize("policy", policy_loss)
+        minimize("critic", qf1_loss + qf2_loss)
         step("policy", "critic")
         with torch.no_grad():
-            for target, vector in zip(target_vectors, critic_vectors, strict=True):
-                target.lerp_(vector, args.tau)
+            torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
         return metrics
 
     return update, optimizers
-
-
-# ---------------------------------------------------------------------------------------------------------- Evaluation
-def make_envs(make_env: Callable[..., gym.Env], args: Args, columns: Columns) -> list[gym.Env]:
-    """One environment per evaluation episode, which must fit the data; with --capture-video the first can render."""
-    try:
-        envs = [make_env() for _ in range(args.eval_episodes)]
-    except Exception as error:  # a dependency of the environment is missing
-        fail(f"environment of {args.env_id}: {error!r}")
-    for key, space in (("observations", envs[0].observation_space), ("actions", envs[0].action_space)):
-        if columns[key].shape[1:] != space.shape:
-            fail(f"{key} {columns[key].shape[1:]} do not fit {envs[0].unwrapped}'s {space.shape}: is --env-id right?")
-    if not isinstance(space, gym.spaces.Box) or (space.low != -1).any() or (space.high != 1).any():
-        fail(f"{envs[0].unwrapped}: actions must be a Box from -1 to 1, as the data's; rescale both (RescaleAction)")
-    if args.capture_video:
-        try:
-            envs[0] = make_env(render_mode="rgb_array")
-            envs[0].reset()
-            envs[0].render()
-        except Exception as error:  # every GL backend has its own kind
-            fail(f"--capture-video cannot render: {error!r}; without a display try MUJOCO_GL=egl or MUJOCO_GL=osmesa")
-    return envs
 
 
 @torch.no_grad()
@@ -820,402 +350,485 @@ def select_actions(
 ) -> Tensor:
     """Energy-based action selection: of N actions per state (n, S), one (n, A) with probability ~ exp(min Q)."""
     s = s.repeat_interleave(candidates, dim=0)
-    noise = torch.randn(diffusion.draws, len(s), policy.act_dim, generator=generator, device=s.device)
-    a = diffusion.sample(policy, s, noise).clamp(-1, 1)
+    noise = torch.randn(diffusion.num_noises, len(s), policy.act_dim, generator=generator, device=s.device)
+    a = diffusion.sample(policy, s, noise).clamp(-1, 1)  # the official code does not clip
     q = critic.min(s, a).view(-1, candidates)
-    choice = torch.multinomial(q.nan_to_num().softmax(dim=1), 1, generator=generator)[:, 0]
-    return a.view(len(q), candidates, -1)[torch.arange(len(q), device=s.device), choice]
+    choice = torch.multinomial(q.nan_to_num().softmax(dim=1), 1, generator=generator)
+    return a.view(*q.shape, -1).take_along_dim(choice[..., None], dim=1)[:, 0]
 
 
-def evaluate(act: Callable, envs: list[gym.Env], seeds: list[int], stop: list[int]) -> list[dict[str, Any]]:
-    """One episode per environment, side by side; act maps observations (n, S) to actions. [] once `stop` fills."""
-    obs = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)]
-    rows = [{"episode": i, "seed": seed, "return": 0.0, "length": 0} for i, seed in enumerate(seeds)]
+# ---------------------------------------------------------------------------------------------------------------- Data
+TASKS = {  # agent: Gymnasium environment, D4RL's returns of a random and of an expert policy
+    "hopper": ("Hopper-v4", (-20.272305, 3234.3)),
+    "walker2d": ("Walker2d-v4", (1.629008, 4592.3)),
+    "halfcheetah": ("HalfCheetah-v4", (-280.178953, 12135.0)),
+    "ant": ("Ant-v4", (-325.6, 3879.7)),
+}
+LEVELS = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
+D4RL_IDS = [f"{agent}-{level}-v2" for agent in TASKS for level in LEVELS]
+MINI_IDS = [f"{agent}-{level}-mini" for agent in ("hopper", "walker2d", "halfcheetah") for level in LEVELS[1:4]]
+# Presets of the families of D4RL's and Minari's ids. Rewards and bounds of the gradient norm are the official code's.
+LOCOMOTION: dict[str, Any] = {"reward_transform": "return-range"}
+SPARSE: dict[str, Any] = {"reward_transform": "min-max", "num_updates": 1_000_000}
+FAMILIES = dict.fromkeys(("hopper", "walker2d", "halfcheetah", "ant"), LOCOMOTION)
+FAMILIES |= dict.fromkeys(("pen", "door", "hammer", "relocate", "kitchen"), SPARSE)
+FAMILIES["antmaze"] = SPARSE | {"reward_transform": "minus-one", "expectile": 0.9}
+CLIPS = {
+    "halfcheetah-medium": 9, "halfcheetah-medium-replay": 2, "halfcheetah-medium-expert": 7,
+    "hopper-medium": 9, "hopper-medium-replay": 4, "hopper-medium-expert": 5,
+    "walker2d-medium": 1, "walker2d-medium-replay": 4, "walker2d-medium-expert": 5,
+    "antmaze-umaze": 2, "antmaze-umaze-diverse": 3, "antmaze-medium-play": 2, "antmaze-medium-diverse": 1,
+    "antmaze-large-play": 10, "antmaze-large-diverse": 7, "pen-human": 7, "pen-cloned": 8,
+    "kitchen-complete": 9, "kitchen-partial": 10, "kitchen-mixed": 10,
+}  # fmt: skip
+# The small sets are ours, and so are their settings: found by trying on Hopper, for a run of minutes on a CPU. With
+# the paper's guidance_coef of 1, noise at high k and uneven weights drown the diffusion loss on so little data.
+MINI = LOCOMOTION | {
+    "num_updates": 20_000, "lr": 1e-3, "normalize_observations": True, "diffusion_steps": 100, "guidance_coef": 0.01,
+    "eval_every": 5_000, "eval_candidates": 10, "log_every": 250, "save_every": 2_500,
+}  # fmt: skip
+# Hopper's medium policy is fast but falls after about 340 steps: only critics that look further ahead can tell.
+FAR_SIGHTED = {"gamma": 0.995, "tau": 0.05}
+
+
+def find_preset(env_id: str) -> dict[str, Any]:
+    """Settings of a data set, by its id or its family's."""
+    if env_id in MINI_IDS:
+        return MINI | (FAR_SIGHTED if "hopper-medium-" in env_id and "replay" not in env_id else {})
+    name = re.sub(r"^\w+/|-v\d+$", "", env_id).replace("/", "-")  # Minari's D4RL/antmaze/umaze-v1 too
+    clip = {"max_grad_norm": float(CLIPS[name])} if name in CLIPS else {}
+    return FAMILIES.get(name.split("-")[0], {}) | clip
+
+
+D4RL_URLS = (
+    "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/",
+    "https://huggingface.co/datasets/imone/D4RL/resolve/main/",  # a mirror
+)
+KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
+Columns = dict[str, np.ndarray]  # by KEYS, each (N, ...)
+
+
+def read_minari(env_id: str) -> tuple[Columns, Callable[..., gym.Env], tuple | None]:
+    """Columns, environment and reference returns of a Minari set; Dict observations flattened in sorted key order."""
+    import minari  # pip install 'minari[all]'
+
+    def flat(obs: Any, rows: int) -> np.ndarray:
+        if isinstance(obs, dict):
+            return np.concatenate([flat(obs[key], rows) for key in sorted(obs)], axis=1)
+        return obs.reshape(rows, -1)
+
+    def make_env(**options: Any) -> gym.Env:
+        box = gym.spaces.Box(-np.inf, np.inf, columns["observations"].shape[1:])
+        env = dataset.recover_environment(eval_env=True, **options)
+        return gym.wrappers.TransformObservation(env, lambda obs: flat(obs, 1)[0], box)
+
+    dataset, episodes = minari.load_dataset(env_id, download=True), []
+    for e in dataset.iterate_episodes():
+        obs, ends = flat(e.observations, len(e.rewards) + 1), e.terminations | e.truncations
+        ends[-1] = True  # an episode may end with neither flag
+        episodes.append((obs[:-1], e.actions, e.rewards, e.terminations, ends & ~e.terminations, obs[1:]))
+    columns = dict(zip(KEYS, map(np.concatenate, zip(*episodes, strict=True)), strict=True))
+    reference = tuple(dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
+    return check(columns), make_env, None if None in reference else reference
+
+
+def download_d4rl(name: str) -> Path:
+    """Path of a D4RL file in D4RL_DATASET_DIR (default ~/.d4rl/datasets), downloaded where it is missing."""
+    import pooch
+
+    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    for url in D4RL_URLS:
+        with suppress(OSError):  # those of requests are OSErrors
+            return Path(pooch.retrieve(url + name, None, name, folder))
+    raise OSError(f"cannot be downloaded from {', '.join(D4RL_URLS)}; put {name} into {folder}")
+
+
+def check(columns: Columns) -> Columns:
+    """The columns, if they can be trained on; else ValueError."""
+    if missing := [key for key in KEYS[:4] if key not in columns]:
+        raise ValueError(f"has no {', '.join(missing)}")
+    if not columns.keys() & {"timeouts", "next_observations"}:
+        raise ValueError("needs timeouts or next_observations, to tell which rows follow each other")
+    n, obs_dim = columns["rewards"].size, columns["observations"].shape[-1]
+    for key, column in columns.items():
+        width = column.shape[-1] if key == "actions" else obs_dim
+        shape = (n, width) if key in ("observations", "actions", "next_observations") else (n,)
+        if column.shape not in (shape, (*shape, 1)):
+            raise ValueError(f"{key} has shape {column.shape}, expected {shape}")
+        columns[key] = column = column.reshape(shape)
+        bound = {"actions": 1.001, "terminals": 1, "timeouts": 1}.get(key, 1e8)
+        if column.dtype.kind not in "fiub" or not (np.abs(column.astype(np.float64)) <= bound).all():
+            raise ValueError(f"{key} has values that are not finite numbers up to {bound:g}")
+    if columns["terminals"].mean() > 0.5:
+        say("warning: more than half of the rows are terminal. Are they masks, 1 where an episode goes on?", sys.stderr)
+    return columns
+
+
+def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple | None]:
+    """Columns, evaluation environment, and reference returns of --env-id; exit 2 if unusable."""
+    gym_id, options, make_env, reference = args.env_id, {}, None, None
+    if known := args.env_id in D4RL_IDS + MINI_IDS:
+        gym_id, reference = TASKS[args.env_id.split("-")[0]]
+        options = {"use_contact_forces": True} if gym_id == "Ant-v4" else {}  # D4RL's 111 dimensions
+    try:
+        if "/" in args.env_id and not args.dataset_path:
+            return read_minari(args.env_id)
+        with suppress(gym.error.Error, ImportError):
+            if ":" in gym_id:  # module:Env-v0
+                importlib.import_module(gym_id.split(":")[0])
+            make_env = partial(gym.make, gym.spec(gym_id.split(":")[-1]), **options)
+        if not known and not (args.dataset_path and (make_env or not args.eval_episodes)):
+            close = difflib.get_close_matches(args.env_id, [*MINI_IDS, *D4RL_IDS, *gym.registry], cutoff=0)
+            raise ValueError(f"neither data nor, with --dataset-path, an environment; close: {', '.join(close)}")
+        path: Any = args.dataset_path or Path(__file__).parent / "datasets" / f"{args.env_id}.hdf5"
+        if args.env_id in D4RL_IDS and not args.dataset_path:
+            path = download_d4rl(args.env_id[:-3].replace("-", "_") + "-v2.hdf5")
+        with h5py.File(path, "r", locking=False) as file:  # some file systems have no locks
+            columns = {key: np.asarray(file[key]) for key in KEYS if key in file}
+        return check(columns), make_env, reference
+    except Exception as error:  # a damaged file, the network, Minari: each raises its own
+        fail(f"{args.dataset_path or args.env_id}: {str(error) or repr(error)}")
+
+
+def make_transitions(columns: Columns, args: Args) -> tuple[np.ndarray, dict[str, Any]]:
+    """Rows [s, a, s', r, mask] of D4RL's qlearning_dataset, (N, S+A+S+2) float32, and the transform they went through.
+
+    Timeout rows and the last row are dropped, terminal rows kept; mask is 0 on terminal rows, else 1. Networks see
+    observations as (s - mean) / std and rewards as scale (r + shift).
+    """
+    obs, r, terminals = columns["observations"], columns["rewards"].astype(np.float64), columns["terminals"] > 0
+    timeouts = columns.get("timeouts", np.zeros(len(r))) > 0
+    next_obs = columns.get("next_observations", np.roll(obs, -1, axis=0))
+    ends = terminals | timeouts  # the last rows of episodes
+    if "timeouts" not in columns:  # as d4rl.qlearning_dataset returns them
+        ends |= ~np.isclose(next_obs, np.roll(obs, -1, axis=0), atol=1e-6).all(1)
+    keep = ~timeouts & (np.arange(len(r)) < len(r) - 1)
+    if not keep.any():
+        fail("the data hold no transition: timeout rows and the last one do not count")
+    if args.reward_transform == "return-range":
+        returns = np.add.reduceat(r, np.flatnonzero(np.append(True, ends[:-1])))
+        spread = np.ptp(returns)  # equal but for rounding: as they are
+        shift, scale = 0.0, 1_000 / spread if spread > 1e-6 * np.abs(returns).max() else 1.0
+    elif args.reward_transform == "min-max":
+        shift, scale = -(r.min() + r.max()) / 2, 2 / max(np.ptp(r), 1e-6)
+    else:
+        shift, scale = {"none": (0.0, 1.0), "minus-one": (-1.0, 1.0), "times-four": (-0.5, 4.0)}[args.reward_transform]
+    mean, std = np.zeros(obs.shape[1]), np.ones(obs.shape[1])
+    if args.normalize_observations:
+        mean, std = obs.mean(0, dtype=np.float64), obs.std(0, dtype=np.float64).clip(1e-3)
+    actions = columns["actions"].clip(-0.999, 0.999)  # as the official code
+    parts = ((obs - mean) / std, actions, (next_obs - mean) / std, (scale * (r + shift))[:, None], ~terminals[:, None])
+    transitions = np.concatenate([part[keep].astype(np.float32) for part in parts], axis=1)
+    return transitions, {"mean": mean.tolist(), "std": std.tolist(), "shift": float(shift), "scale": float(scale)}
+
+
+# ---------------------------------------------------------------------------------------------------------- Evaluation
+def make_envs(make_env: Callable[..., gym.Env], args: Args, obs_dim: int, act_dim: int, videos: Path) -> list[gym.Env]:
+    """One environment per evaluation episode, which must fit the data; with --capture-video the first is recorded."""
+    try:
+        envs = [make_env() for _ in range(args.eval_episodes)]
+        if args.capture_video:  # without a display set MUJOCO_GL=egl or MUJOCO_GL=osmesa
+            prefix = f"from-{time.time_ns() // 1_000_000}"  # not over older ones
+            env = make_env(render_mode="rgb_array")
+            envs[0] = gym.wrappers.RecordVideo(env, str(videos), lambda _: True, name_prefix=prefix)
+            envs[0].reset()
+    except Exception as error:  # a dependency of the environment, or of rendering
+        fail(f"environment of {args.env_id}: {error!r}")
+    expected = gym.spaces.Box(-1, 1, (act_dim,), np.float32)
+    if envs and (envs[0].observation_space.shape != (obs_dim,) or envs[0].action_space != expected):
+        fail(f"{envs[0]} does not fit the data ({obs_dim} observations, {act_dim} actions in [-1, 1])")
+    return envs
+
+
+def evaluate(act: Callable, envs: list[gym.Env], seeds: list[int], stop: list[int]) -> dict[str, np.ndarray]:
+    """One episode per environment, side by side; act maps observations (n, S) to actions. {} once `stop` fills."""
+    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
+    found = {"episodic_return": np.zeros(len(envs)), "episodic_length": np.zeros(len(envs))}
     running = list(range(len(envs)))
-    while running:
-        if stop:
-            return []
-        for i, action in zip(list(running), act(np.stack([obs[i] for i in running])), strict=True):
-            obs[i], reward, terminated, truncated, info = envs[i].step(action)
-            rows[i]["return"] += float(reward)
-            rows[i]["length"] += 1
-            if "success" in info:  # Adroit, AntMaze: reached at any step
-                rows[i]["success"] = int(bool(info["success"]) or rows[i].get("success", 0))
+    while running and not stop:
+        actions = act(obs)  # of finished episodes too: shapes do not change
+        for i in list(running):
+            obs[i], reward, terminated, truncated, info = envs[i].step(actions[i])
+            found["episodic_return"][i] += reward
+            found["episodic_length"][i] += 1
+            for key in info.keys() & {"success", "is_success"}:  # Adroit, AntMaze: reached at any step
+                success = found.setdefault("success", np.zeros(len(envs)))
+                success[i] = max(success[i], info[key])
             if terminated or truncated:
                 running.remove(i)
-    return rows
+    return {} if stop else found
 
 
-# ----------------------------------------------------------------------------------------------------------- Run files
-def say(*lines: object) -> None:
-    """Print; a reader that went away (`| head`) does not end the run."""
+# -------------------------------------------------------------------------------------------------- Speed, checkpoints
+def make_optimizers(args: Args, networks: dict[str, Any], *names: str) -> tuple[Callable, Callable, dict[str, Any]]:
+    """minimize(name, loss) sets a network's clipped gradient; step(*names) moves networks by Adam; the optimisers."""
+    cuda = next(networks["critic"].parameters()).is_cuda
+    options: dict[str, Any] = {"lr": args.lr, "fused": True, "capturable": cuda}
+    optimizers = {name: torch.optim.Adam(networks[name].parameters(), **options) for name in names}
+
+    def minimize(name: str, loss: Tensor) -> None:
+        parameters = list(networks[name].parameters())
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient
+        if args.max_grad_norm > 0:  # of each network on its own, as in the official code
+            for network in networks[name].children() if name == "critic" else (networks[name],):
+                nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+
+    @torch.compiler.disable  # the code between two steps compiles as one piece
+    def step(*names: str) -> None:
+        for name in names:
+            optimizers[name].step()
+
+    return minimize, step, optimizers
+
+
+class Graphed:
+    """A function without arguments as a CUDA graph: three calls as they are, the fourth is captured, then replayed.
+
+    Nothing in it may depend on a number that changes between calls. The next call overwrites its result.
+    """
+
+    def __init__(self, function: Callable, *generators: torch.Generator) -> None:
+        self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
+        self.graph: Any = torch.cuda.CUDAGraph()
+        for generator in generators:
+            self.graph.register_generator_state(generator)
+
+    def __call__(self) -> Any:
+        self.calls += 1
+        if self.calls < 4:  # on a stream of its own, as a capture needs it
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.function()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return result
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.result = self.function()
+        self.graph.replay()
+        return self.result
+
+
+def load_checkpoint(folder: str) -> dict[str, Any]:
+    """The checkpoint of a run folder; exit 2 if there is none."""
     try:
-        print(*lines, sep="\n  ", flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def load_checkpoint(path: str) -> dict[str, Any]:
-    """The checkpoint of a run folder, or that file; exit 2 if there is none."""
-    try:
-        file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-        if file.name != "checkpoint.pt":
-            raise ValueError("must be a run folder, or the checkpoint.pt in it")
-        if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not look
-            raise ValueError(f"{damaged} is damaged")
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        if unknown := checkpoint["args"].keys() - vars(Args()).keys():
-            raise ValueError(f"of another script or version, with {', '.join(sorted(unknown))}")
-        return {**checkpoint, "run_dir": str(file.parent)}
-    except Exception as error:  # whatever torch.load raises: this is no checkpoint of ours
-        fail(f"--resume {path}: {str(error) or type(error).__name__}")
-
-
-def describe(args: Args, source: dict[str, str], device: torch.device, saved: dict[str, Any]) -> dict[str, Any]:
-    """What args.json holds: arguments and where each came from, versions, device, commit, data file."""
-    preset, resumed, arguments = PRESETS.get(args.env_id, {}), saved.get("args", {}), {}
-    for field in dataclasses.fields(Args):
-        value, expected = getattr(args, field.name), {field.name: field.default, **preset, **resumed}[field.name]
-        origin = "checkpoint" if field.name in resumed else "preset" if field.name in preset else "default"
-        origin = origin if value == expected else "command line"
-        arguments[field.name] = {"value": value, "source": origin}
-    about = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "h5py")}
-    cpu = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else (*models, platform.machine())[0]
-    about |= {"python": platform.python_version(), "device": f"{device}, {hardware}"}
-    git, folder = "git describe --always --dirty --abbrev=40", Path(__file__).resolve().parent
-    done = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True)  # a shell: git may be missing
-    return {"args": arguments, **about, "commit": done.stdout.strip() or None, "dataset": source}
-
-
-class Run:
-    """Folder, metrics, checkpoints, progress and signals of one run."""
-
-    def __init__(self, args: Args, source: dict[str, str], device: torch.device, saved: dict[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        self.exits = ExitStack()  # leaves loggers, terminal, signal handlers and lock as they were
-        self.args, self.source, self.device, self.saved = args, source, device, saved
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"  # ms: two in one second
-        self.dir = Path(saved["run_dir"]) if saved else Path(args.runs_dir) / re.sub(r"[^\w.-]", "_", name)
-        try:
-            self.dir.mkdir(parents=True, exist_ok=bool(saved))
-        except OSError as error:
-            fail(f"the run's folder, of --runs-dir and --exp-name: {error}")
-        times = {"train": 0.0, "eval": 0.0, "save": 0.0}
-        self.progress = saved.get("progress", {"step": 0, "evaluations": {}, "times": times})
-        try:
-            self.exits.callback(filelock.FileLock(self.dir / ".lock").acquire(timeout=0).lock.release)
-        except filelock.Timeout:
-            fail(f"{self.dir} is in use by another process")
-        except (OSError, NotImplementedError) as error:  # a file system without locks, a full disk
-            print(f"warning: {self.dir} not locked: {error}", file=sys.stderr)
-        for path in (self.dir / "metrics.jsonl", self.dir / "evaluations.csv"):
-            if path.exists():  # forget what a killed run logged after its checkpoint: it will come again
-                rows = re.findall(r"([^\d\n]*(\d*).*\n)", path.read_text())  # whole rows, their first number: the step
-                self.replace(path.name, "".join(row for row, step in rows if int(step or 0) <= self.step))
-        about = describe(args, source, device, saved)
-        before: dict[str, Any] = {}
-        with suppress(OSError, ValueError):  # a resume: what the run began with stays in the file
-            before = json.loads((self.dir / "args.json").read_text())
-        about["resumed_from"], given = before.pop("resumed_from", []), before.pop("args", {})
-        changed = {name: value for name, value in before.items() if value != about.get(name)}
-        if saved:
-            was = {name: given[name]["value"] for name in given.keys() & vars(args).keys() - {"resume"}}
-            was = {name: value for name, value in sorted(was.items()) if value != getattr(args, name)}
-            about["resumed_from"].append({"step": self.step, **changed, "args": was})
-        if changed:
-            print(f"warning: the run began with {changed}; see {self.dir}/args.json", file=sys.stderr)
-        self.replace("args.json", json.dumps(about, indent=1) + "\n")
-        arguments = (f"{name} = {entry['value']} ({entry['source']})" for name, entry in about["args"].items())
-        say(self.dir, *arguments)
-        if args.track:
-            import wandb
-
-            self.exits.callback(wandb.finish)
-            names = {"project": args.wandb_project, "entity": args.wandb_entity, "group": args.wandb_group}
-            options: dict[str, Any] = {**names, "mode": args.wandb_mode, "config": vars(args), "dir": str(self.dir)}
-            try:
-                wandb.init(**options, id=self.dir.name, resume="allow", sync_tensorboard=True)
-            except Exception as error:  # the run folder has everything too
-                print(f"warning: not logged to Weights & Biases: {error}", file=sys.stderr)
-        self.writer: Any = None
-        self.open_writer = partial(SummaryWriter, str(self.dir), purge_step=self.step + 1)
-        self.exits.callback(self.close_writer)
-        self.bar = tqdm(total=args.num_updates, initial=self.step, disable=not sys.stderr.isatty(), unit="update")
-        self.exits.callback(self.bar.close)
-        self.stop: list[int] = []  # signals that came
-        self.nothing_to_save = False  # a signal need not wait for the loop
-        for n in (signal.SIGINT, signal.SIGTERM):
-            self.exits.callback(signal.signal, n, signal.signal(n, self.on_signal))
-        self.clock, self.lap_start = time.time(), (self.step, self.progress["times"]["train"])
-
-    @property
-    def step(self) -> int:
-        return self.progress["step"]
-
-    def on_signal(self, signum: int, frame: Any) -> None:
-        """Let the loop save and end; the same signal again ends the process at once."""
-        self.stop.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-        if self.nothing_to_save:
-            self.leave()
-
-    def leave(self) -> NoReturn:
-        """End because of a signal, with the checkpoint as it is."""
-        self.exits.close()
-        hint = f"; go on with --resume {self.dir}" if (self.dir / "checkpoint.pt").exists() else ""
-        print(f"stopped at update {self.step}{hint}", file=sys.stderr)
-        raise SystemExit(128 + self.stop[0])
-
-    def lap(self, name: str) -> None:
-        """Book the time since the last call under `name`."""
-        now, times = time.time(), self.progress["times"]
-        times[name] = times.get(name, 0.0) + now - self.clock
-        self.clock = now
-
-    @contextmanager
-    def tolerate(self, what: str) -> Iterator[None]:
-        """A full disk costs a row or a checkpoint, not the run."""
-        try:
-            yield
-        except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
-            print(f"warning: {what} not written at update {self.step}: {error}", file=sys.stderr)
-
-    def append(self, name: str, text: str) -> None:
-        """Add whole rows or none."""
-        with self.tolerate(name), open(self.dir / name, "ab", buffering=0) as file:
-            end, data = file.tell(), text.encode()
-            if (file.write(data) or 0) < len(data):
-                file.truncate(end)
-                raise OSError("no space left")
-
-    def replace(self, name: str, text: str) -> None:
-        """Write beside, then replace: a kill or a full disk leaves the file that was there."""
-        temporary = self.dir / f"{name}.tmp"
-        with self.tolerate(name):
-            temporary.write_text(text)
-            os.replace(temporary, self.dir / name)
-        temporary.unlink(missing_ok=True)
-
-    def close_writer(self) -> None:
-        with self.tolerate("TensorBoard events"):
-            if self.writer:
-                self.writer.close()
-
-    def write(self, values: dict[str, float]) -> None:
-        """A row to metrics.jsonl, TensorBoard and a plain line; wandb reads TensorBoard's."""
-        row = {"step": self.step, "time": round(sum(self.progress["times"].values()), 2), **values}
-        self.append("metrics.jsonl", json.dumps(row) + "\n")
-        with self.tolerate("TensorBoard events"):  # its writer does not survive a failure: then the next row opens one
-            writer, self.writer = self.writer or self.open_writer(), None
-            for name, value in values.items():
-                writer.add_scalar(name, value, self.step)
-            self.writer, self.open_writer = writer, partial(self.open_writer, purge_step=None)
-        if self.bar.disable:
-            charts = ", ".join(f"{name[7:]} {value:.1f}" for name, value in values.items() if "charts/" in name)
-            say(f"update {self.step}/{self.args.num_updates}: {charts}")
-
-    def log(self, metrics: dict[str, Tensor]) -> None:
-        """Log the last update; exit 3 if a value is not finite, with the last checkpoint as it was."""
-        values = {name: float(tensor) for name, tensor in metrics.items()}
-        self.lap("train")
-        train = self.progress["times"]["train"]
-        values["charts/SPS"] = (self.step - self.lap_start[0]) / max(train - self.lap_start[1], 1e-9)
-        values["charts/minutes_left"] = (self.args.num_updates - self.step) / values["charts/SPS"] / 60
-        self.lap_start = (self.step, train)
-        self.write(values)
-        if diverged := [name for name, value in values.items() if not math.isfinite(value)]:
-            self.replace("diagnostics.json", json.dumps({"step": self.step, **values}, indent=1) + "\n")
-            print(f"diverged at update {self.step}: {', '.join(diverged)} not finite, see {self.dir}", file=sys.stderr)
-            self.exits.close()
-            raise SystemExit(3)
-
-    def log_evaluation(self, episodes: list[dict[str, Any]], reference: tuple[float, float] | None) -> None:
-        """A row per episode to evaluations.csv, the means to the metrics."""
-        columns = ("step", "episode", "seed", "return", "length", "normalized_score", "success")
-        for row in episodes:
-            row["step"] = self.step
-            if reference:
-                row["normalized_score"] = 100 * (row["return"] - reference[0]) / (reference[1] - reference[0])
-        table = csv.DictWriter(text := io.StringIO(), columns, lineterminator="\n")
-        path = self.dir / "evaluations.csv"
-        if not (path.exists() and path.stat().st_size):
-            table.writeheader()
-        table.writerows(episodes)
-        self.append("evaluations.csv", text.getvalue())
-        names = {"return": "episodic_return", "length": "episodic_length", "normalized_score": "normalized_score"}
-        mean = {key: float(np.mean([row[key] for row in episodes])) for key in names if key in episodes[0]}
-        self.lap("eval")
-        self.write({f"charts/{names[key]}": value for key, value in mean.items()})
-        self.bar.set_postfix_str(f"return {mean['return']:.0f}")
-        self.progress["evaluations"][self.step] = mean
-
-    def save(self, state: dict[str, Any], transform: Transform) -> None:
-        """Write beside, flush, replace: a kill or a full disk leaves the checkpoint that was there."""
-        self.lap("train")
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type != "cpu":
-            rng[self.device.type] = torch.get_device_module(self.device).get_rng_state(self.device)
-        about: dict[str, Any] = {"args": vars(self.args), "dataset": self.source, "rng": rng}
-        about |= {"transform": list(map(torch.as_tensor, transform))}
-        parts = {name: part.state_dict() for name, part in state.items()}
-        temporary = self.dir / "checkpoint.tmp"
-        with self.tolerate("checkpoint"):
-            with open(temporary, "wb") as file:
-                torch.save({**parts, **about, "progress": self.progress}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.dir / "checkpoint.pt")
-        temporary.unlink(missing_ok=True)
-        self.lap("save")
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Networks, optimisers and random generators as the checkpoint has them."""
-        try:
-            for name, part in state.items():
-                groups = self.saved[name].get("param_groups", [])
-                for group, own in zip(groups, getattr(part, "param_groups", []), strict=True):
-                    group.update(fused=own["fused"], capturable=own["capturable"])  # of this device
-                part.load_state_dict(self.saved[name])
-        except (KeyError, RuntimeError, ValueError) as error:  # of a script whose networks were changed
-            fail(f"--resume {self.dir}: the checkpoint does not fit: {error}")
-        torch.set_rng_state(self.saved["rng"]["cpu"])
-        if self.device.type != "cpu" and (rng := self.saved["rng"].get(self.device.type)) is not None:
-            torch.get_device_module(self.device).set_rng_state(rng, self.device)
-
-    def finish(self) -> dict[str, Any]:
-        """Write and return the result: last, mean of the last ten (the paper's RAT) and best (its OMS) evaluation."""
-        times = self.progress["times"]
-        result = {"updates": self.step, "updates_per_second": self.step / times["train"], "run_dir": str(self.dir)}
-        for name in ("return", "normalized_score"):
-            v = [mean[name] for mean in self.progress["evaluations"].values() if name in mean]
-            result[name] = {"last": v[-1], "mean_of_last_10": float(np.mean(v[-10:])), "best": max(v)} if v else None
-        result |= {"wall_time": sum(times.values()), "evaluation_time": times["eval"]}
-        self.replace("result.json", json.dumps(result, indent=1) + "\n")
-        self.exits.close()
-        say(json.dumps(result, indent=1))
-        return result
+        checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
+        Args(**checkpoint["args"])  # a TypeError tells of another script
+        return checkpoint
+    except Exception as error:  # whatever torch.load raises
+        fail(f"--resume {folder}: {error!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
-def set_up(args: Args) -> torch.device:
-    """Login, device, threads and seed, before any data is loaded; exit 2 where one cannot be had."""
-    if args.track and args.wandb_mode == "online":
-        import wandb
-
-        try:
-            problem = "" if wandb.login(prompt=False) else "no key"
-        except Exception as error:  # a key that is malformed or refused, no network
-            problem = str(error)
-        if problem:
-            fail(f"--track: {problem}; `wandb login`, set WANDB_API_KEY, or --wandb-mode offline")
+def say(text: object, file: Any = None) -> None:
+    """Print above the progress bar. A terminal or reader that went away, or a full disk, does not end the run."""
+    file = file or sys.stdout
     try:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
-        torch.Generator(device)
-    except Exception as error:  # every backend has its own kind
-        fail(f"--device {args.device}: {(str(error) or repr(error)).splitlines()[0]}")
-    torch.set_num_threads(args.num_threads)
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    if args.matmul_precision == "medium" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        print("warning: --matmul-precision medium is slow on this processor: it has no bfloat16", file=sys.stderr)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if sys.platform == "linux":  # keep freed activations: glibc gives them back, and each update faults them in anew
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 32 << 20)
-    with suppress(Exception):  # else MuJoCo writes a MUJOCO_LOG.TXT into the working directory
-        import mujoco
+        tqdm.write(str(text), file=file)
+        file.flush()
+    except OSError:  # nor may what is left in the buffer fail at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
-        mujoco.set_mju_user_warning(lambda text: warnings.warn(f"MuJoCo: {text.split(' Time')[0]}", stacklevel=2))
-    torch.manual_seed(args.seed)
-    return device
+
+def fail(message: object, code: int = 2) -> NoReturn:
+    """End with one line on stderr; exit code 2: bad arguments or data."""
+    say(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", sys.stderr)
+    raise SystemExit(code)
+
+
+def parse_args(argv: list[str]) -> Args:
+    """Command line, else the checkpoint to resume, else the preset of the data set, else the default."""
+    given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
+    saved = load_checkpoint(given.resume)["args"] if given.resume else {}
+    preset = find_preset(given.env_id)
+    about = f"{Args.__doc__} Defaults from the preset of {given.env_id}: {preset or 'none'}."
+    default = Args(**(preset | {"env_id": given.env_id} | saved | {"resume": given.resume}))
+    return tyro.cli(Args, args=argv, default=default, description=about)
 
 
 def main(args: Args) -> dict[str, Any]:
     """Train and evaluate; returns what result.json holds."""
-    check_args(args)
-    device = set_up(args)
+    with ExitStack() as exits:  # leaves files, terminal and signals as they were
+        return run(args, exits)
+
+
+def run(args: Args, exits: ExitStack) -> dict[str, Any]:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    try:
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
+    except Exception as error:  # every backend has its own kind
+        fail(f"--device {args.device}: {error}")
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.manual_seed(args.seed)
 
     # Data and environments
-    saved = load_checkpoint(args.resume) if args.resume is not None else {}
-    columns, make_env, reference, source = load_task(args)
-    if saved and saved["dataset"].get("sha256") != source.get("sha256"):
-        fail(f"{source['file']} is not the data that the resumed run was trained on")
-    if saved and saved["progress"]["step"] > args.num_updates:
-        fail(f"--num-updates {args.num_updates}: the run is at update {saved['progress']['step']} already")
+    saved = load_checkpoint(args.resume) if args.resume else {}
+    columns, make_env, reference = load_task(args)
     transitions, transform = make_transitions(columns, args)
-    if not len(transitions):
-        fail(f"{source['file']} holds no transition: D4RL's rule drops timeout rows and the last one")
-    data = torch.as_tensor(transitions, device=device)
+    digest = hashlib.sha256(transitions.tobytes()).hexdigest()
+    if saved and saved["data"] != digest:
+        fail("the data are not those that the resumed run was trained on")
+    if saved and saved["step"] > args.num_updates:
+        fail(f"--num-updates {args.num_updates}: the run is at update {saved['step']} already")
     obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
-    envs = make_envs(make_env, args, columns) if make_env else []
-    del columns, transitions
-    run = Run(args, source, device, saved)
-    say(f"{len(data)} transitions of {source['file']} on {device}")
-    if not envs:
-        say(f"no environment is known for {args.env_id}: training without evaluation")
-    elif args.capture_video:
-        prefix = f"from-update-{run.step}"  # not over older ones
-        envs[0] = gym.wrappers.RecordVideo(envs[0], str(run.dir / "videos"), lambda _: True, name_prefix=prefix)
+    data = torch.as_tensor(transitions, device=device)
+    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}")
+    folder = Path(args.resume or Path(args.runs_dir, name)).resolve()
+    envs = make_envs(make_env, args, obs_dim, act_dim, folder / "videos") if make_env else []
     for env in envs:
-        run.exits.callback(env.close)  # which writes the last video
+        exits.callback(env.close)  # which writes the last video
 
     # Networks, optimisers, update
-    K, sampler, steps, order = args.diffusion_steps, args.sampler, args.sampler_steps, args.solver_order
-    diffusion = Diffusion(K, sampler, steps, order, device, args.beta_schedule)
-    networks = make_networks(obs_dim, act_dim, device)
+    diffusion = Diffusion(args, device)
+    networks = {name: network.to(device) for name, network in make_networks(obs_dim, act_dim).items()}
     update, optimizers = make_update(args, diffusion, networks)
-    update = accelerate(args, update, networks.values(), device)
     state = networks | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
-    if saved:
-        run.restore(state)
+    for name, part in state.items() if saved else ():
+        if "optimizer" in name:  # options of this device
+            saved[name]["param_groups"] = part.state_dict()["param_groups"]
+        part.load_state_dict(saved[name])
+    step, evaluations, seconds = saved.get("step", 0), saved.get("evaluations", {}), saved.get("seconds", 0.0)
+    count = torch.full((), step, device=device)  # of updates, as a tensor: a CUDA graph repeats a number
+    generator = torch.Generator(device)  # of evaluations, so that they do not disturb training
 
-    generator = torch.Generator(device)  # training has its own
-
-    def act(obs: np.ndarray) -> np.ndarray:
-        s = torch.as_tensor(transform.obs(obs), dtype=torch.float32, device=device)
-        a = select_actions(diffusion, networks["policy"], networks["critic"], s, args.eval_candidates, generator)
-        return a.cpu().numpy()
-
-    def draw_and_update(**scheduled: Tensor) -> dict[str, Tensor]:
+    def train() -> dict[str, Tensor]:
+        count.add_(1)
         index = torch.randint(len(data), (args.batch_size,), device=device)
         s, a, next_s, r, mask = data[index].split([obs_dim, act_dim, obs_dim, 1, 1], dim=1)
-        chance = draw(args, diffusion, act_dim, device)
-        return update(s=s, a=a, next_s=next_s, r=r[:, 0], mask=mask[:, 0], **chance, **scheduled)
+        return update(s, a, next_s, r[:, 0], mask[:, 0], count, **draw(args, diffusion, act_dim, device))
+
+    observed = torch.zeros(len(envs), obs_dim, device=device)
+
+    def select() -> Tensor:
+        policy, critic = networks["policy"], networks["critic"]
+        return select_actions(diffusion, policy, critic, observed, args.eval_candidates, generator)
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        observed.copy_(torch.as_tensor((obs - transform["mean"]) / transform["std"]))
+        return select().cpu().numpy()
+
+    # Acceleration: without this block the results are the same
+    if args.compile == "on" or (args.compile == "auto" and (device.type == "cuda" or args.num_updates >= 10_000)):
+        say("compiling: the first update may take a minute")
+        torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradient in one piece
+        torch._dynamo.config.suppress_errors = True  # no compiler: uncompiled rather than not at all
+        torch._inductor.config.fallback_random = True  # the same noise as without
+        update = torch.compile(update)
+        if device.type == "cuda":
+            networks["policy"].compile()
+            networks["critic"].compile()
+            train, select = Graphed(train), Graphed(select, generator)
+
+    # Run files
+    folder.mkdir(parents=True, exist_ok=True)
+    git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True)
+    about = {"args": vars(args), "data": digest, "torch": str(torch.__version__), "device": str(device)}
+    about["commit"] = git.stdout.decode().strip()  # empty without git
+    (folder / f"args{f'-{step}' if step else ''}.json").write_text(json.dumps(about, indent=1) + "\n")
+    say("\n".join(f"  {name} = {value}" for name, value in vars(args).items()))
+    say(f"{folder}: {len(data)} transitions on {device}")
+    rows = exits.enter_context(open(folder / "metrics.jsonl", "a"))  # noqa: SIM115
+    rows.truncate(saved.get("logged", 0))  # what a killed run logged after its checkpoint
+    writer, tracker = SummaryWriter(str(folder), purge_step=step + 1), None
+    exits.callback(writer.close)
+    if args.track:
+        import wandb
+
+        options: dict[str, Any] = {"name": folder.name, "config": vars(args), "dir": str(folder.parent)}
+        try:  # a history of its own for each start
+            tracker = exits.enter_context(wandb.init(project=args.wandb_project, group=folder.name, **options))
+        except Exception as error:  # no key, no network
+            fail(f"--track: {error}; `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
+    bar = exits.enter_context(tqdm(total=args.num_updates, initial=step, disable=not sys.stderr.isatty()))
+
+    def log(values: dict[str, Any]) -> None:
+        """A row to metrics.jsonl; its numbers to TensorBoard, Weights & Biases and the terminal."""
+        print(json.dumps({"step": step, **values}), file=rows, flush=True)
+        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+        try:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+            if tracker:
+                tracker.log(numbers | {"global_step": step})
+        except Exception as error:  # the file has everything
+            say(f"warning: update {step} not logged to TensorBoard or Weights & Biases: {error!r}", sys.stderr)
+        names = [name for name in numbers if "charts/" in name or name in ("losses/diffusion_loss", "losses/q_mean")]
+        shown = ", ".join(f"{name.split('/')[1]} {numbers[name]:.4g}" for name in names)
+        bar.set_postfix_str(shown)
+        if bar.disable or "charts/episodic_return" in values:
+            say(f"update {step}/{args.num_updates}: {shown}")
+
+    stop: list[int] = []  # a signal that came; a second one ends the process at once
+
+    def on_signal(number: int, frame: Any) -> None:
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # of nohup
+            exits.callback(signal.signal, number, signal.signal(number, on_signal))
+    if saved:
+        torch.set_rng_state(saved["rng"][0])
+        torch.cuda.set_rng_state_all(saved["rng"][1 : 1 + torch.cuda.device_count()])
 
     # Loop
-    train = capture(args, draw_and_update, device)
     metrics: dict[str, Tensor] = {}
+    start, start_step = time.time(), step
     while True:
-        step, last = run.step, run.step >= args.num_updates
-        listed = any(step % n == 0 for n in (args.log_every, args.eval_every, args.save_every))
-        if metrics and (run.stop or last or listed):
-            parameters = [p for network in networks.values() for p in network.parameters()]
-            run.log(metrics | {"losses/parameter_norm": nn.utils.get_total_norm(parameters)})
-        episodes: list[dict[str, Any]] = []
-        if envs and step > 0 and (last or step % args.eval_every == 0) and step not in run.progress["evaluations"]:
+        last, stopping = step >= args.num_updates, bool(stop)  # a signal after this waits for the next save
+        evaluating = bool(envs) and step > 0 and (last or step % args.eval_every == 0)
+        saving = metrics and (last or stopping or evaluating or step % args.save_every == 0)
+        if metrics and (saving or step % args.log_every == 0):
+            values = {name: float(value) for name, value in metrics.items()}  # waits for the device
+            seconds += time.time() - start
+            log(values | {"charts/SPS": (step - start_step) / (time.time() - start)})
+            if not all(map(math.isfinite, values.values())):
+                fail(f"diverged at update {step}; {folder} keeps the checkpoint before", code=3)
+            start, start_step = time.time(), step
+        if saving:  # before an evaluation, in which an environment may fail
+            checkpoint = about | {name: part.state_dict() for name, part in state.items()} | {"step": step}
+            checkpoint |= {"evaluations": evaluations, "seconds": seconds, "logged": rows.tell()}
+            checkpoint |= {"transform": transform, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
+            with open(folder / "checkpoint.tmp", "wb") as file:  # beside, so that a kill or full disk spoils nothing
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, folder / "checkpoint.pt")
+        if evaluating and not stopping:
             generator.manual_seed(args.seed + 1_000_003 * step)
             seeds = np.random.default_rng([args.seed, step]).integers(2**31, size=len(envs)).tolist()
-            if episodes := evaluate(act, envs, seeds, run.stop):
-                run.log_evaluation(episodes, reference)
-        if episodes or (metrics and (run.stop or last or step % args.save_every == 0)):
-            run.save(state, transform)
-        if run.stop:
-            run.leave()
+            if episodes := evaluate(act, envs, seeds, stop):
+                if reference:
+                    worst, best = reference
+                    episodes["normalized_score"] = 100 * (episodes["episodic_return"] - worst) / (best - worst)
+                evaluations[step] = {name: float(column.mean()) for name, column in episodes.items()}
+                each = {f"episodes/{name}": column.tolist() for name, column in episodes.items()}
+                log({f"charts/{name}": mean for name, mean in evaluations[step].items()} | each)
+            start = time.time()
+        if stopping or (stop and evaluating):
+            say(f"stopped at update {step}; continue with --resume {folder}", sys.stderr)
+            raise SystemExit(128 + stop[0])
         if last:
-            return run.finish()
+            break
+        metrics = train()
+        step += 1
+        bar.update()
 
-        run.nothing_to_save = not metrics  # the first update, which may compile for long
-        metrics = train(**schedule(args, step, device))
-        run.nothing_to_save = False
-        run.progress["step"] += 1
-        run.bar.update()
+    result: dict[str, Any] = {"updates": step, "updates_per_second": step / max(seconds, 1e-9), "run_dir": str(folder)}
+    for key in ("episodic_return", "normalized_score", "success"):
+        if means := [evaluation[key] for evaluation in evaluations.values() if key in evaluation]:
+            last_10 = float(np.mean(means[-10:]))  # the paper's RAT; best is its OMS
+            result[key] = {"last": means[-1], "mean_of_last_10": last_10, "best": max(means), "evaluations": len(means)}
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    say(json.dumps(result, indent=1))
+    return result
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # until the run has its own
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    main(parse_args())
+    try:
+        main(parse_args(sys.argv[1:]))
+    except OSError as error:
+        fail(f"stopped, with the last checkpoint whole: {error}", code=1)

@@ -1,6 +1,7 @@
-"""Fixtures: the scripts as modules, golden values, small data sets in D4RL's layout."""
+"""Fixtures: the scripts as modules, golden values, small data sets in D4RL's layout, short runs."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path.stem for path in ROOT.glob("ed*_*.py"))
-EDP = [name for name in SCRIPTS if name.startswith("edp_")]
+SCRIPTS = EDP = ("edp_crr", "edp_iql", "edp_td3")  # edis_sac is still the first edition: test_edis_*.py
+CPU = torch.device("cpu")
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", 'slow: left out by -m "not slow"')
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -29,33 +34,30 @@ def golden():
 
 def load_flax(module, tree):
     """Copy flax weights {layer: {kernel (in, out), bias}} of one MLP into an MLP of ours."""
-    for i, layer in enumerate(module.layers):
+    for i, layer in enumerate(layer for layer in module if isinstance(layer, torch.nn.Linear)):
         layer.weight.data = torch.as_tensor(tree[f"Dense_{i}/kernel"]).T.contiguous()
         layer.bias.data = torch.as_tensor(tree[f"Dense_{i}/bias"])
 
 
 def golden_networks(script):
-    """Policy, value, critic and target networks with the golden weights."""
+    """The script's networks, in its order, with the golden weights."""
     params = np.load(ROOT / "tests" / "golden" / "edp_params.npz")
 
     def tree(prefix):
         return {name.removeprefix(prefix): params[name] for name in params.files if name.startswith(prefix)}
 
-    networks = {"policy": script.Policy(11, 3), "value": script.MLP(11, 1), "critic": script.Critic(11, 3)}
-    networks |= {"policy_target": script.Policy(11, 3), "critic_target": script.Critic(11, 3)}
-    load_flax(networks["value"], tree("params/vf/params/"))
-    for group, suffix in (("params", ""), ("target", "_target")):
-        policy, critic = networks[f"policy{suffix}"], networks[f"critic{suffix}"]
-        load_flax(policy.net, tree(f"{group}/policy/params/base_net/"))
-        load_flax(policy.time_mlp, tree(f"{group}/policy/params/base_net/TimeEmbedding_0/"))
-        load_flax(critic.q1, tree(f"{group}/qf1/params/"))
-        load_flax(critic.q2, tree(f"{group}/qf2/params/"))
+    networks = script.make_networks(11, 3)
+    for name, network in networks.items():
+        group = "target" if name.endswith("_target") else "params"
+        if name.startswith("policy"):
+            load_flax(network.net, tree(f"{group}/policy/params/base_net/"))
+            load_flax(network.time_mlp, tree(f"{group}/policy/params/base_net/TimeEmbedding_0/"))
+        elif name.startswith("critic"):
+            load_flax(network.q1, tree(f"{group}/qf1/params/"))
+            load_flax(network.q2, tree(f"{group}/qf2/params/"))
+        else:
+            load_flax(network, tree("params/vf/params/"))
     return networks
-
-
-@pytest.fixture
-def networks(script):
-    return golden_networks(script)
 
 
 def make_columns(rows=600, obs_dim=11, act_dim=3, seed=0):
@@ -84,3 +86,59 @@ def write_hdf5(path, columns):
 def hopper_file(tmp_path):
     """A small file that fits Hopper."""
     return write_hdf5(tmp_path / "hopper.hdf5", make_columns())
+
+
+def error_of(capsys, call, code=2):
+    """Run, expect this exit code, return the one line on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        call()
+    assert caught.value.code == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# -------------------------------------------------------------------------------------------------------- short runs
+FAST = "--batch-size 8 --diffusion-steps 30 --sampler-steps 6 --eval-candidates 2 --eval-episodes 2 --num-updates 6"
+FAST += " --log-every 2 --eval-every 4 --save-every 3"
+
+
+def argv_of(script, *flags):
+    """Flags of a run of 6 updates."""
+    return [*FAST.split(), *map(str, flags)]
+
+
+@pytest.fixture
+def run(hopper_file, tmp_path):
+    """Run a script in this process on a small file; returns its result."""
+
+    def call(script, *flags, env_id="hopper-medium-v2"):
+        data = ("--env-id", env_id, "--dataset-path", hopper_file, "--runs-dir", tmp_path / "runs")
+        return script.main(script.parse_args(argv_of(script, *data, *flags)))
+
+    return call
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def flat(value, prefix=""):
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for name, item in items for k, v in flat(item, f"{prefix}/{name}").items()}
+    return {prefix: value}
+
+
+def same_run(script, a, b):
+    """Both runs ended with the same weights, optimisers, generators, metrics and evaluations."""
+    left, right = (flat(script.load_checkpoint(result["run_dir"])) for result in (a, b))
+    differs = ("/seconds", "/logged", "/args", "/times")  # times, and bytes of rows that hold them
+    left, right = ({k: v for k, v in side.items() if not k.startswith(differs)} for side in (left, right))
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]) if isinstance(value, torch.Tensor) else value == right[name], name
+    drop = ("charts/SPS", "charts/generated_per_second")
+    rows = [[{k: v for k, v in row.items() if k not in drop} for row in rows_of(r["run_dir"])] for r in (a, b)]
+    assert rows[0] == rows[1]
