@@ -1,41 +1,34 @@
-"""Run a benchmark: runs go on where they were stopped, raw files are kept under benchmark_results/raw.
+"""Run a benchmark: runs go on where they were stopped; each finished run becomes one file in benchmark_results/raw.
 
 python benchmark_results/launch.py edp_iql            # three seeds, the bundled sets; all variants
 python benchmark_results/launch.py edp_iql --jobs medium-expert   # only the jobs whose name contains this
-python benchmark_results/launch.py edis_sac           # one pre-trained agent per seed, which every variant goes on with
 python benchmark_results/launch.py edp_iql --env-ids hopper-medium-v2 walker2d-medium-v2 --updates 2000000
-python benchmark_results/launch.py edp_td3 --executor slurm --slurm-partition cpu --workers 6
-python benchmark_results/launch.py edp_td3 --gpus 2 --workers 4   # two runs on each GPU of this machine
+python benchmark_results/launch.py edp_td3 --executor slurm --slurm-partition cpu
 
-A job is done when its raw files hold a finished run of the arguments that the script would resolve now. A run that
-diverged is kept too, and is told; the exit code is 1 if a job did not end well.
+A job is done when its raw file holds a run of the arguments that the script would resolve now. A run that diverged is
+kept too, and is told; the exit code is 1 if a job did not end well.
 """
 
-import hashlib
 import importlib
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from queue import Queue
-from types import ModuleType
 from typing import Any, Literal
 
 import submitit
 import tyro
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark_results")]
+import report  # noqa: E402
+
 EDP_SETS = ("hopper-medium-expert-mini", "hopper-medium-mini", "hopper-medium-replay-mini")
-SETS: dict[str, tuple[str, ...]] = dict.fromkeys(("edp_iql", "edp_crr", "edp_td3"), EDP_SETS)
-SETS["edis_sac"] = ("hopper-medium-mini", "hopper-medium-replay-mini")
 FEW_STEPS = ["--sampler", "ddpm", "--beta-schedule", "vp", "--diffusion-steps", "5"]
 VARIANTS: dict[str, dict[str, list[str]]] = {
     "edp_iql": {
@@ -47,7 +40,6 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "weighted": ["--guidance-coef", "1"],
         "weighted_1": ["--guidance-coef", "1", "--eval-candidates", "1"],
         "elbo": ["--likelihood", "elbo", "--guidance-coef", "3"],  # the official code's strength, about
-        "bf16": ["--matmul-precision", "medium"],
     },
     "edp_crr": {"edp_crr": [], "edp_crr_1": ["--eval-candidates", "1"]},
     "edp_td3": {
@@ -55,41 +47,29 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "edp_td3_1": ["--eval-candidates", "1"],
         "diffusion_ql": ["--no-action-approximation", *FEW_STEPS, "--eta", "1"],
         "diffusion_ql_tau": ["--no-action-approximation", *FEW_STEPS, "--eta", "1", "--tau", "0.005"],  # its authors'
-        "td3_bc": ["--eta", "2.5", "--observation-transform", "per-dimension"],
-    },
-    "edis_sac": {
-        **{name: ["--augmentation", name] for name in ("edis", "offline", "none")},
-        "synther": ["--augmentation", "synther", "--denoiser-recent", "0"],
-        "edis_no_energies": ["--augmentation", "synther"],
-        **{f"edis_no_{name}": [f"--no-{name}-energy"] for name in ("state", "policy", "transition")},
-        "edis_inpainted": ["--conditional-negatives", "inpainted", "--no-full-gradient"],
-        "exact": [],
-        "exact_no_state": ["--no-state-energy"],
+        "td3_bc": ["--eta", "2.5", "--normalize-observations"],
     },
 }
-BASELINES = {"iql": "iql", "td3_bc": "td3_bc", "exact": "exact", "exact_no_state": "exact"}  # with files of their own
-BF16_UPDATES = 20_000  # compared over these only
-KEPT = ("args.json", "evaluations.csv", "metrics.jsonl")
-ROW = {"eval_candidates", "eval_episodes", "eval_every", "matmul_precision"}  # may change on resume, not within a row
-STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a run that was stopped; the first two saved
+BASELINES = {name: f"benchmark_results/baselines/{name}.py" for name in ("iql", "td3_bc")}
+# Arguments that change no result
+FREE = {"resume", "device", "log_every", "save_every", "runs_dir", "track", "wandb_project", "dataset_path", "exp_name"}
+FREE |= {"capture_video", "num_threads", "compile"}
 
 
 @dataclass
 class Args:
     """Run a benchmark; call it again to go on where it stopped."""
 
-    script: tyro.conf.Positional[Literal["edp_iql", "edp_crr", "edp_td3", "edis_sac"]]
+    script: tyro.conf.Positional[Literal["edp_iql", "edp_crr", "edp_td3"]]
     """which script"""
     env_ids: list[str] = field(default_factory=list)
-    """data sets; none given: the bundled ones of the README's tables"""
+    """data sets; none given: the bundled ones of the results page"""
     seeds: int = 3
     """seeds 0, 1, ..."""
     updates: int = 100_000
     """updates per run of an EDP script"""
-    online_steps: int = 10_000
-    """online steps per run of EDIS"""
     workers: int = 2
-    """runs at a time: on this machine one per core"""
+    """runs at a time on this machine: one per core"""
     gpus: int = 0
     """GPUs that the workers of this machine share in turn, or that each job of a cluster gets"""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -105,205 +85,104 @@ class Args:
     runs_dir: Path = ROOT / "runs" / "benchmark"
     """where runs are made, and stay"""
     raw_dir: Path = ROOT / "benchmark_results" / "raw"
-    """where the raw files of finished runs go; report.py shows those in the default folder"""
+    """where files of finished runs go; report.py shows those in the default folder"""
 
 
-def same_data(env_id: str, dataset: dict[str, str]) -> bool:
-    """Whether a run's data are those in datasets/ now, if any: a file that collect.py made anew is another."""
-    file = ROOT / "datasets" / f"{env_id}.hdf5"
-    return not file.exists() or hashlib.sha256(file.read_bytes()).hexdigest() == dataset.get("sha256")
+def train(file: str, flags: list[str], work: Path, raw: Path) -> int:
+    """A run in `work`, continued from the checkpoint there; its exit code.
 
-
-# A run that is interrupted before it listens ends: Python can lose a KeyboardInterrupt in an import
-RUN = "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); sys.argv.pop(0); "
-RUN += "runpy.run_path(sys.argv[0], run_name='__main__')"
-
-
-def call(command: list[str], log: Path, stop: Path) -> int:
-    """Exit code of a run, which can be interrupted, as its launcher and submitit's processes cannot."""
-    with open(log, "a") as file:
-        if stop.exists():  # since this process was started
-            return 130
-        listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        command = [sys.executable, "-c", RUN, *command]
-        with subprocess.Popen(command, stdout=file, stderr=file, preexec_fn=listen) as run:
-            if stop.exists():  # perhaps since before the run was there to be told
-                run.terminate()
-            return run.wait()
-
-
-class Launcher:
-    """Starts runs, `workers` at a time; the threads here only wait."""
-
-    def __init__(self, args: Args, script: ModuleType) -> None:
-        self.args, self.script = args, script
-        self.executor = submitit.AutoExecutor(args.runs_dir / "submitit", cluster=args.executor)
-        hours = 10_000 if args.executor == "local" else args.slurm_hours
-        self.executor.update_parameters(timeout_min=60 * hours, gpus_per_node=args.gpus or None)
-        self.executor.update_parameters(slurm_partition=args.slurm_partition)
-        self.interrupted = False
-        self.stop = args.runs_dir / "submitit" / f"{time.time_ns()}.stop"
-        self.stop.parent.mkdir(parents=True, exist_ok=True)
-        self.running: set[submitit.Job[int]] = set()
-        self.devices: Queue[str] = Queue()
-        for i in range(args.workers):
-            self.devices.put(f"cuda:{i % args.gpus}" if args.gpus and args.executor == "local" else "auto")
-
-    def differs(self, found: dict[str, Any], flags: list[str], free: set[str]) -> bool:
-        """Whether a run's arguments are not those that the script would resolve now, the free ones aside.
-
-        Arguments that came later count with their default, at which everything is as before them.
-        """
-        wanted, found = vars(self.script.parse_args(flags)), {**vars(self.script.Args()), **found}
-        return any(found[name] != value for name, value in wanted.items() if name not in free)
-
-    def started(self, work: Path, flags: list[str]) -> list[Path]:
-        """Folders in `work` of runs of these arguments that can go on; those of other arguments, as before a change."""
-        found = []
-        for folder in sorted((path.parent for path in work.glob("*/checkpoint.pt")), key=lambda x: x.stat().st_mtime):
-            saved = self.script.load_checkpoint(str(folder))
-            offline = saved["progress"]["step"] <= saved["args"].get("offline_updates", -1)
-            free = (self.script.RESUMABLE - ROW) | (self.script.ONLINE if offline else set())
-            if self.differs(saved["args"], flags, free) or not same_data(saved["args"]["env_id"], saved["dataset"]):
-                tqdm.write(f"{folder}: of other arguments or data, left alone", file=sys.stderr)
-            else:
-                found.append(folder)
-        return found
-
-    def train(self, work: Path, file: str, flags: list[str], pretrained: Path | None = None) -> tuple[int, Path]:
-        """Start a run in `work`, or go on with the one there, or with a copy of `pretrained`; exit code and folder."""
-        work.mkdir(parents=True, exist_ok=True)
-        started = self.started(work, flags)
-        if pretrained and not started:
-            part = work.with_name(f"{work.name}.part")
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(pretrained, part, ignore=shutil.ignore_patterns("result.json"))  # not yet this run's
-            started = [part.rename(work / f"copy_{time.time_ns()}")]
-        flags = [*flags, "--resume", str(started[-1])] if started else [*flags, "--runs-dir", str(work)]
-        device = self.devices.get()
-        try:
-            if self.interrupted:
-                return 130, work
-            flags += ["--device", device, "--compile", self.args.compile]
-            command = [str(ROOT / f"{file}.py"), *flags]
-            job = self.executor.submit(call, command, work / "log.txt", self.stop)
-            self.running.add(job)
-            if self.interrupted:  # in between
-                job.cancel(check=False)
-            code = job.result()
-            self.running.remove(job)
-            if self.interrupted and code not in (0, 3):  # the interpreter's start can make anything of it
-                code = 130
-            self.interrupted |= code in STOPPED
-        finally:
-            self.devices.put(device)
-        latest = max(work.glob("*/args.json"), key=lambda path: path.stat().st_mtime, default=work / "none")
-        return code, latest.parent
-
-    def is_done(self, raw: Path, flags: list[str]) -> bool:
-        """Whether raw files of a finished run with these arguments are there."""
-        if not (raw / "result.json").exists():
-            return False
-        about = json.loads((raw / "args.json").read_text())
-        updates = json.loads((raw / "result.json").read_text())["updates"]
-        values = {name: entry["value"] for name, entry in about["args"].items()}
-        enough = updates >= self.script.parse_args(flags).num_updates
-        same = same_data(values["env_id"], about["dataset"])
-        return enough and same and not self.differs(values, flags, self.script.RESUMABLE - ROW)
-
-    def run(self, name: str, flags: list[str], agent: Future[tuple[int, Path]] | None) -> str:
-        """One job, with the pre-trained agent that it goes on with; what became of it."""
-        raw, work = self.args.raw_dir / name, self.args.runs_dir / name
-        if self.is_done(raw, flags):
-            return "done before"
-        code, folder = agent.result() if agent else (0, None)
-        if code == 0:
-            own = BASELINES.get(name.split("__")[1])
-            file = f"benchmark_results/baselines/{own}" if own else self.args.script
-            code, folder = self.train(work, file, flags, folder)
-        if code in STOPPED:
-            return "FAILED: interrupted; launch again to go on"
-        if code not in (0, 3):
-            return f"FAILED with exit code {code}, see {work}/log.txt"
-        part = self.args.runs_dir / f"{name}.raw"  # all files or none
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        for file in (*KEPT, "result.json" if code == 0 else "diagnostics.json"):
-            if folder and (folder / file).exists():  # without this machine's paths
-                text = (folder / file).read_text().replace(f"{self.args.runs_dir}/", "runs/benchmark/")
-                (part / file).write_text(text.replace(f"{ROOT}/", ""))
+    Looks for the checkpoint when it starts: a job that the cluster queues again goes on. Signals reach the run.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    folders = sorted(path.parent for path in work.glob("*/checkpoint.pt"))
+    where = ["--resume", str(folders[-1])] if folders else ["--runs-dir", str(work)]
+    with open(work / "log.txt", "a") as log:
+        run = subprocess.Popen([sys.executable, str(ROOT / file), *flags, *where], stdout=log, stderr=log, cwd=ROOT)
+    with suppress(ValueError):  # in a thread the main one forwards
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, lambda *_: run.terminate())
+    running.append(run)
+    code = run.wait()
+    running.remove(run)
+    if code in (0, 3):  # diverged runs are kept too
+        folder = max(work.glob("*/args.json"), key=lambda path: path.stat().st_mtime).parent
         raw.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(raw, ignore_errors=True)
-        shutil.move(part, raw)
-        if code == 3:
-            return f"FAILED: diverged, see {raw}/diagnostics.json"
-        return f"return {json.loads((raw / 'result.json').read_text())['return']}"
+        report.store(report.collect(folder), raw)
+    return code
 
 
-def make_jobs(args: Args, script: ModuleType) -> dict[str, list[str]]:
-    """Names of the chosen jobs and the flags of their runs."""
-    jobs: dict[str, list[str]] = {}
+running: list[subprocess.Popen[bytes]] = []  # of this process
+
+
+def make_jobs(args: Args) -> dict[str, dict[str, Any]]:
+    """Arguments of train for each job that is not done."""
+    script, found = importlib.import_module(args.script), False
+    jobs: dict[str, dict[str, Any]] = {}
     for seed in range(args.seeds):
-        for env_id in args.env_ids or SETS[args.script]:
+        for env_id in args.env_ids or EDP_SETS:
             resolved: list[Any] = []
             for variant, flags in VARIANTS[args.script].items():
-                if args.jobs not in (name := f"{env_id.replace('/', '_')}__{variant}__{seed}"):
+                name, raw = f"{env_id.replace('/', '_')}__{variant}__{seed}", args.raw_dir
+                flags = ["--env-id", env_id, "--seed", str(seed), "--exp-name", variant, *flags]
+                flags += ["--num-updates", str(args.updates), "--eval-every", str(min(10_000, args.updates))]
+                parsed = vars(script.parse_args(flags)).items()
+                wanted = {key: value for key, value in parsed if key not in FREE}
+                repeated = (BASELINES.get(variant), wanted) in resolved  # the preset has the variant's values
+                resolved.append((BASELINES.get(variant), wanted))
+                if args.jobs not in name or repeated:
                     continue
-                common = ["--env-id", env_id, "--seed", str(seed), "--exp-name", variant]
-                if args.script == "edis_sac":
-                    common += ["--online-steps", str(args.online_steps)]
-                else:
-                    updates = min(args.updates, BF16_UPDATES) if variant == "bf16" else args.updates
-                    common += ["--num-updates", str(updates), "--eval-every", "10000"]
-                run = (BASELINES.get(variant), {**vars(script.parse_args(common + flags)), "exp_name": ""})
-                if run not in resolved:  # where the preset has the variant's values it is another's run again
-                    jobs[name] = common + flags
-                resolved.append(run)
+                found, raw = True, args.raw_dir / f"{name}.json"
+                about = json.loads(raw.read_text()) if raw.exists() else {}
+                if about.get("result") and all(about["args"].get(key, value) == value for key, value in wanted.items()):
+                    print(f"{name}: done before")
+                    continue
+                flags += ["--compile", args.compile]
+                if args.gpus and args.executor == "local":
+                    flags += ["--device", f"cuda:{len(jobs) % args.gpus}"]
+                file = BASELINES.get(variant, f"{args.script}.py")
+                jobs[name] = {"file": file, "flags": flags, "work": args.runs_dir / name, "raw": raw}
+    if not found:
+        print(f"launch.py: error: no job's name contains {args.jobs!r}", file=sys.stderr)
+        raise SystemExit(2)
     return jobs
 
 
 def main(args: Args) -> None:
-    sys.path.insert(0, str(ROOT))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runs on this machine, which save
-    args.runs_dir, script = args.runs_dir.resolve(), importlib.import_module(args.script)
-    jobs = make_jobs(args, script)
-    if not jobs:
-        print(f"launch.py: error: no job's name contains {args.jobs!r}", file=sys.stderr)
-        raise SystemExit(2)
-    launcher, failed = Launcher(args, script), 0
-
-    def end(*_: Any) -> None:
-        """Interrupt the runs, which would go on without this process, and begin no further one."""
-        launcher.interrupted = True
-        launcher.stop.touch()
-        for number in (signal.SIGINT, signal.SIGTERM):  # a second signal ends a run that saves
-            signal.signal(number, signal.SIG_IGN)
-        if args.executor == "local":
-            os.killpg(0, signal.SIGINT)
-        for job in [*launcher.running] if args.executor == "slurm" else ():
-            job.cancel(check=False)  # the cluster sends SIGTERM, on which a run saves too
-
-    signal.signal(signal.SIGTERM, end)
+    args.runs_dir = args.runs_dir.resolve()
+    jobs, failed, ended = make_jobs(args), 0, []
     if args.executor == "slurm":
-        signal.signal(signal.SIGINT, end)
-    with ThreadPoolExecutor(2 * len(jobs)) as pool:
-        agents: dict[str, Future[tuple[int, Path]]] = {}  # pre-trained, one for the variants of a data set and seed
-        if args.script == "edis_sac":
-            for name, flags in jobs.items():
-                if not launcher.is_done(args.raw_dir / name, flags):
-                    shared = "__pretrained__".join(name.split("__")[::2])
-                    offline = [*flags[:4], "--online-steps", "0"]
-                    if shared not in agents:
-                        agents[shared] = pool.submit(launcher.train, args.runs_dir / shared, "edis_sac", offline)
-        futures = {
-            pool.submit(launcher.run, name, flags, agents.get("__pretrained__".join(name.split("__")[::2]))): name
-            for name, flags in jobs.items()
-        }
-        for future in tqdm(as_completed(futures), total=len(futures), unit="job"):
-            outcome = f"FAILED: {future.exception()!r}" if future.exception() else future.result()
-            failed += outcome.startswith("FAILED")
-            tqdm.write(f"{futures[future]}: {outcome}")
-    raise SystemExit(failed > 0)
+        executor = submitit.AutoExecutor(args.runs_dir / "submitit", cluster="slurm")
+        executor.update_parameters(timeout_min=60 * args.slurm_hours, gpus_per_node=args.gpus or None)
+        executor.update_parameters(slurm_partition=args.slurm_partition, slurm_additional_parameters={"requeue": True})
+        with executor.batch():
+            submitted = {name: executor.submit(train, **job) for name, job in jobs.items()}
+        results = {name: job.result for name, job in submitted.items()}
+    else:
+        pool = ThreadPoolExecutor(args.workers)
+        futures = {name: pool.submit(train, **job) for name, job in jobs.items()}
+        results = {name: future.result for name, future in futures.items()}
+
+        def end(number: int, frame: Any) -> None:
+            """Let the runs save and end, and begin no further one."""
+            ended.append(number)
+            for future in futures.values():
+                future.cancel()
+            for run in list(running):
+                run.terminate()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, end)
+    for name, result in results.items():
+        try:
+            code: Any = result()
+        except BaseException as error:  # cancelled, or the cluster's
+            code = repr(error)
+        failed += code != 0
+        told = (
+            f"FAILED, exit code {code}: see {args.runs_dir / name}/log.txt; launch again to go on" if code else "done"
+        )
+        print(f"{time.strftime('%H:%M')} {name}: {told}", flush=True)
+    raise SystemExit(1 if failed or ended else 0)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
 python benchmark_results/baselines/iql.py --env-id hopper-medium-expert-mini
 
 Kostrikov et al., 2021, arXiv 2110.06169: advantage-weighted regression of a Gaussian policy with tanh mean and fixed,
-equal deviations, so that -log pi is the squared error; its mean is evaluated. Unlike there, networks are edp_iql.py's
-in width, depth and activation, its preset's clipping of gradients stays, and the policy's learning rate does not fall.
-Takes edp_iql.py's arguments; those of the diffusion have no effect.
+equal deviations, so that -log pi is the squared error; its mean is evaluated. Networks, the clip of gradients and the
+constant learning rate are edp_iql.py's. Takes edp_iql.py's arguments; those of the diffusion have no effect.
 """
 
 import sys
@@ -20,20 +19,21 @@ import edp_iql as edp
 
 
 class Policy(edp.MLP):
-    """Mean actions (B, A) of states (B, S)."""
+    """Mean actions (B, A) of states (B, S); noised actions and steps are ignored."""
 
     def __init__(self, obs_dim: int, act_dim: int) -> None:
         super().__init__(obs_dim, act_dim)
         self.act_dim = act_dim
 
-    def forward(self, s: Tensor) -> Tensor:
+    def forward(self, s: Tensor, *noised: Any) -> Tensor:
         return super().forward(s).tanh()
 
 
-def reconstruct(diffusion: Any, policy: Policy, s: Tensor, a: Tensor, *noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The regression's error and the action that it regresses, both (B, A)."""
-    mean = policy(s)
-    return (a - mean).square(), mean
+class Direct(edp.Diffusion):
+    """What the policy gives is the action itself."""
+
+    def approximate(self, a_k: Tensor, k: Any, action: Tensor) -> Tensor:
+        return action
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def select_actions(diffusion: Any, policy: Policy, critic: Any, s: Tensor, *sele
     return policy(s)
 
 
-edp.Policy, edp.reconstruct, edp.select_actions = Policy, reconstruct, select_actions  # type: ignore[misc, assignment]
+edp.Policy, edp.Diffusion, edp.select_actions = Policy, Direct, select_actions  # type: ignore[misc, assignment]
 
 if __name__ == "__main__":
     flags = ["--exp-name", "iql", "--guidance-coef", "1", "--diffusion-coef", "0"]  # the weighted regression alone
