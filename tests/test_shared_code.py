@@ -15,7 +15,7 @@ import tokenize
 import pytest
 from conftest import EDP, ROOT, SCRIPTS
 
-LIMITS = dict.fromkeys(EDP, (850, 8_650))  # lines, tokens; the goal is 780 and 8 000
+LIMITS = dict.fromkeys(EDP, (860, 8_650))  # lines, tokens; the goal is 780 and 8 000
 TOKENS_A_LINE = 10.5  # more would be packed lines
 ALGORITHM_END = 380  # of an EDP script
 DIFFERING_LINES = 155  # between two EDP scripts; the goal is 150
