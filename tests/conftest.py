@@ -11,7 +11,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = EDP = ("edp_crr", "edp_iql", "edp_td3")  # edis_sac is still the first edition: test_edis_*.py
+EDP = ("edp_crr", "edp_iql", "edp_td3")
+SCRIPTS = EDP  # in runs; edis_sac has test_edis_run.py
 CPU = torch.device("cpu")
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)

@@ -2,18 +2,29 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CPU, make_columns
 from torch.testing import assert_close
 
 import edis_sac as edis
 
-CPU = torch.device("cpu")
 ARGS = edis.Args()
-KARRAS = (ARGS.sigma_min, ARGS.sigma_max)
+MINI = replace(ARGS, **edis.MINI)
+
+
+def make_edm(steps, churn=80.0, **flags):
+    return edis.EDM(replace(ARGS, sampling_steps=steps, churn=churn, **flags), CPU)
+
+
+def make_coordinates(dim, obs_dim, mean=0.0, std=1.0):
+    """With this shift and scale of each dimension."""
+    coordinates = edis.Coordinates(torch.zeros(2, dim), obs_dim)
+    coordinates.mean, coordinates.std = torch.zeros(dim) + mean, torch.ones(dim) * std
+    return coordinates
 
 
 @pytest.fixture(autouse=True)
@@ -35,17 +46,14 @@ class GaussianDenoiser:
 COV = [[1.0, 0.6, -0.3], [0.6, 0.8, 0.2], [-0.3, 0.2, 0.5]]
 
 
-PRESET = edis.parse_args([])
-BUNDLED = (PRESET.sampling_steps, PRESET.churn, CPU, PRESET.sigma_min, PRESET.sigma_max)
+BUNDLED = edis.EDM(MINI, CPU)
 
 
-@pytest.mark.parametrize(
-    "levels, bound", [((64, 0.0, CPU, *KARRAS), 0.04), ((64, 80.0, CPU, *KARRAS), 0.1), (BUNDLED, 0.2)]
-)
+@pytest.mark.parametrize("edm, bound", [(make_edm(64, 0.0), 0.04), (make_edm(64), 0.1), (BUNDLED, 0.2)])
 @pytest.mark.parametrize("mean, cov", [([0.4], [[0.25]]), ([0.4, -1.0, 0.0], COV)])
-def test_unguided_sampling_gives_mean_and_covariance(mean, cov, levels, bound):
+def test_unguided_sampling_gives_mean_and_covariance(mean, cov, edm, bound):
     """In the narrow directions too: of the whitened samples. Few steps that add noise widen them."""
-    x = edis.EDM(*levels).sample(GaussianDenoiser(mean, cov), torch.randn(30_000, len(mean)))
+    x = edm.sample(GaussianDenoiser(mean, cov), torch.randn(30_000, len(mean)))
     assert_close(x.mean(0), torch.tensor(mean), atol=0.02, rtol=0)
     whitened = torch.linalg.solve(torch.linalg.cholesky(torch.tensor(cov)), (x - torch.tensor(mean)).T)
     assert_close(whitened.cov().reshape(len(mean), -1), torch.eye(len(mean)), atol=bound, rtol=0)
@@ -57,7 +65,7 @@ def test_inpainting_gives_the_conditional(H):
     cov, held = torch.tensor(COV), torch.tensor([3.0, 1.0])[:H]
     slope = cov[H:, :H] @ torch.linalg.inv(cov[:H, :H])
     mean, conditional = slope @ held, cov[H:, H:] - slope @ cov[:H, H:]
-    edm, root = edis.EDM(128, 80.0, CPU, *KARRAS), torch.linalg.cholesky(conditional)
+    edm, root = make_edm(128), torch.linalg.cholesky(conditional)
 
     def whitened(repeats):
         x = torch.randn(8_000, 3)
@@ -71,23 +79,20 @@ def test_inpainting_gives_the_conditional(H):
 
 
 def test_what_is_held_has_the_noise_of_each_level():
-    edm, held, seen = edis.EDM(16, 80.0, CPU, *KARRAS), torch.full((4_000, 2), 3.0), []
-    edm.sample(
-        GaussianDenoiser([0.0] * 3, COV), torch.randn(4_000, 3), visit=lambda *v: seen.append(v), held=held, repeats=2
-    )
+    edm, held, seen = make_edm(16), torch.full((4_000, 2), 3.0), []
+    denoise = GaussianDenoiser([0.0] * 3, COV)
+    edm.sample(denoise, torch.randn(4_000, 3), visit=lambda *v: seen.append(v), held=held, repeats=2)
     assert [level for level, _ in seen] == [level for level in range(16) for _ in range(2)]
     for level, x in seen:
-        noise = (x[:, :2] - held) / edm.sigma[level]
-        assert_close(noise.T.cov(), torch.eye(2), atol=0.1, rtol=0)
-        assert noise.mean().abs() < 0.05
+        assert_close(((x[:, :2] - held) / edm.sigma[level]).T.cov(), torch.eye(2), atol=0.1, rtol=0)
 
 
 def test_denoiser_learns():
     """The trained network has the optimal denoiser's values."""
-    args = edis.dataclasses.replace(ARGS, denoiser_updates=1_500, denoiser_ema=0.99, denoiser_lr=2e-3)
+    args = replace(ARGS, denoiser_updates=1_500, denoiser_ema=0.99, denoiser_lr=2e-3)
     x = torch.randn(20_000, 3) @ torch.linalg.cholesky(torch.tensor(COV)).T
     denoiser = edis.Denoiser(3, 64, 2)
-    ema = edis.copy.deepcopy(denoiser).requires_grad_(False)
+    ema = copy.deepcopy(denoiser).requires_grad_(False)
     edis.train_denoiser(args, denoiser, ema, x, len(x))
     exact, test = GaussianDenoiser([0.0] * 3, COV), x[:2_000]
     narrow = torch.linalg.eigh(torch.tensor(COV))[1][:, 0]
@@ -123,28 +128,17 @@ def exact_gradient(x, sigma):
     return -x / (1 + sigma**2) + (x - 1) / (0.25 + sigma**2)
 
 
-def moments(guidance, levels=(64, 80.0, CPU, *KARRAS)):
-    torch.manual_seed(0)
-    x = edis.EDM(*levels).sample(GaussianDenoiser([0.0], [[1.0]]), torch.randn(20_000, 1), guidance)
-    return x.mean().item(), x.std().item()
+def near_target(guidance, edm, tolerance):
+    x = edm.sample(GaussianDenoiser([0.0], [[1.0]]), torch.randn(20_000, 1), guidance)
+    return abs(x.mean() - 1) < tolerance and abs(x.std() - 0.5) < tolerance
 
 
-def near_target(guidance, tolerance, **kwargs):
-    mean, std = moments(guidance, **kwargs)
-    return abs(mean - 1) < tolerance and abs(std - 0.5) < tolerance
-
-
-@pytest.mark.parametrize(
-    "levels, bound", [((64, 0.0, CPU, *KARRAS), 0.02), ((64, 80.0, CPU, *KARRAS), 0.02), (BUNDLED, 0.04)]
-)
-def test_exact_energies_give_the_target(levels, bound):
-    assert near_target(exact_gradient, bound, levels=levels)
-
-
-def test_wrong_guidance_misses():
-    """Without the factor sigma; with the gradient in coordinates that are twice as large."""
-    assert not near_target(lambda x, sigma: exact_gradient(x, sigma) / sigma, 0.1)
-    assert not near_target(lambda x, sigma: 2 * exact_gradient(x, sigma), 0.1)
+@pytest.mark.parametrize("edm, bound", [(make_edm(64, 0.0), 0.02), (make_edm(64), 0.02), (BUNDLED, 0.04)])
+def test_exact_energies_give_the_target(edm, bound):
+    """Guidance without the factor sigma, or twice as strong, misses it."""
+    assert near_target(exact_gradient, edm, bound)
+    assert not near_target(lambda x, sigma: exact_gradient(x, sigma) / sigma, edm, 0.1)
+    assert not near_target(lambda x, sigma: 2 * exact_gradient(x, sigma), edm, 0.1)
 
 
 class RawEnergies(torch.nn.Module):
@@ -162,10 +156,15 @@ class RawEnergies(torch.nn.Module):
         return -((y - 3) ** 2) / (2 * (4 + noise)) + (y - 5) ** 2 / (2 * (self.variance + noise))
 
 
+def guide(energies, scales, full=False, clip=1e9):
+    names = ("state_scale", "policy_scale", "transition_scale")
+    args = replace(ARGS, full_gradient=full, guidance_clip=clip, **dict(zip(names, scales, strict=True)))
+    return edis.make_guidance(args, energies)
+
+
 @pytest.mark.parametrize("i", range(3))
 def test_guidance_is_the_gradient_in_normalised_coordinates(i):
-    scales = tuple(float(i == j) for j in range(3))
-    guidance = edis.make_guidance(RawEnergies(), scales, False, 1e9)
+    guidance = guide(RawEnergies(), [float(i == j) for j in range(3)])
     x, sigma = torch.randn(50, 3), torch.tensor(0.7)
     expected = torch.zeros(50, 3)
     expected[:, i] = exact_gradient(x[:, i], sigma)
@@ -174,87 +173,38 @@ def test_guidance_is_the_gradient_in_normalised_coordinates(i):
 
 def test_the_clip_leaves_narrow_targets_alone():
     """Bounding the gradient itself by 10 sqrt(D), as the published code does, misses."""
-    guidance = edis.make_guidance(RawEnergies(0.03), (1.0, 1.0, 1.0), False, ARGS.guidance_clip)
+    guidance = guide(RawEnergies(0.03), (1, 1, 1), clip=ARGS.guidance_clip)
     exact = GaussianDenoiser([0.0] * 3, torch.eye(3).tolist())
-    x = edis.EDM(128, 80.0, CPU, *KARRAS).sample(exact, torch.randn(2_000, 3), guidance)
+    x = make_edm(128).sample(exact, torch.randn(2_000, 3), guidance)
     assert_close(x.mean(0), torch.ones(3), atol=0.02, rtol=0)
     assert_close(x.std(0), torch.full((3,), 0.03), atol=0.005, rtol=0)
 
 
-def test_own_blocks_and_clip():
+def test_own_blocks_switches_and_clip():
     energies = edis.Energies(2, 1, 16)
     x, sigma = torch.randn(5, 5), torch.tensor(0.5)
-
-    def gradient(scales, full=False, clip=1e9):
-        return edis.make_guidance(energies, scales, full, clip)(x, sigma)
-
     for scales, columns in (((1, 0, 0), [0, 1]), ((0, 1, 0), [2]), ((0, 0, 1), [3, 4])):
-        moved = gradient(scales).abs().sum(0) > 0
+        moved = guide(energies, scales)(x, sigma).abs().sum(0) > 0
         assert moved.nonzero()[:, 0].tolist() == columns
-    assert (gradient((0, 0, 1), full=True).abs().sum(0) > 0).all()
-    assert_close(gradient((2.0, 0, 0)), 2 * gradient((1.0, 0, 0)))
-    free = gradient((1, 1, 1))
+    assert (guide(energies, (0, 0, 1), full=True)(x, sigma).abs().sum(0) > 0).all()
+    assert_close(guide(energies, (2, 0, 0))(x, sigma), 2 * guide(energies, (1, 0, 0))(x, sigma))
+    switched = edis.make_guidance(replace(ARGS, state_energy=False, transition_energy=False), energies)
+    assert_close(switched(x, sigma), guide(energies, (0, 1, 0), full=True)(x, sigma))
+    assert guide(energies, (0, 0, 0)) is None
+    free = guide(energies, (1, 1, 1))(x, sigma)
     bound = float(free.norm(dim=1).median())
-    clipped = gradient((1, 1, 1), clip=bound * 0.5 / math.sqrt(5))  # of sigma times the gradient
+    clipped = guide(energies, (1, 1, 1), clip=bound * 0.5 / math.sqrt(5))(x, sigma)  # of sigma times the gradient
     assert (clipped.norm(dim=1) <= bound * (1 + 1e-5)).all()
     small = free.norm(dim=1) < bound
     assert small.any() and not small.all()
     assert_close(clipped[small], free[small])
 
 
-def test_info_nce_recovers_a_log_density_ratio():
-    """mu = N(1, 0.5^2), nu = N(0, 1): E - log(nu / mu) is constant, and the sign is that of e^E = nu / mu."""
-    torch.manual_seed(0)
-    net = edis.MLP(1, 1, hidden=(64, 64))
-    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-    for _ in range(2_000):
-        positive, negatives = 1 + 0.5 * torch.randn(256, 1), torch.randn(256, 10, 1)
-        loss, _ = edis.info_nce(torch.cat([net(positive), net(negatives)[..., 0]], dim=1))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    x = torch.linspace(-0.5, 2, 26)[:, None]
-    with torch.no_grad():
-        difference = net(x)[:, 0] - (-0.5 * x**2 + 0.5 * ((x - 1) / 0.5) ** 2)[:, 0]
-    assert difference.std() < 0.15
-
-
-def test_a_positive_is_contrasted_with_its_own_negatives():
-    """Permuting whole groups changes nothing; permuting negatives between groups does."""
-    center, order = 5 * torch.randn(64, 1), torch.randperm(64)
-    positive, negatives = center, center + torch.randn(64, 10)
-    loss, found = edis.info_nce(torch.cat([positive, negatives], dim=1))
-    assert_close(edis.info_nce(torch.cat([positive, negatives], dim=1)[order])[0], loss)
-    assert (edis.info_nce(torch.cat([positive, negatives[order]], dim=1))[0] - loss).abs() > 1
-    assert_close(found, positive[:, 0] < negatives.amin(1))
-
-
-def test_energies_are_trained_on_top_of_each_other():
-    """Each loss moves its own network only; positives come first, each with the negatives of its row."""
-    energies, sigma = edis.Energies(2, 1, 16), torch.full((6,), 0.5)
-    acted, chosen, negatives = torch.randn(6, 5), torch.randn(6, 3), torch.randn(6, 4, 5)
-    losses = edis.energy_losses(energies, acted, chosen, negatives, sigma)
-    networks = [energies.nets[0], energies.nets[1], energies.behavior, energies.nets[2]]
-    for i, (loss, _) in enumerate(losses):
-        for j, network in enumerate(networks):
-            gradients = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True, allow_unused=True)
-            assert any(g is not None and g.abs().sum() > 0 for g in gradients) == (i == j)
-
-    def e(network, x):
-        return energies.energy(network, x, torch.full(x.shape[:-1], 0.5))
-
-    x = torch.cat([acted[:, None], negatives], dim=1)
-    assert_close(losses[3][0], edis.info_nce(e(energies.behavior, x[..., :3]) + e(energies.nets[2], x))[0])
-    x = torch.cat([chosen[:, None], negatives[..., :3]], dim=1)
-    assert_close(losses[0][0], edis.info_nce(e(energies.nets[0], x[..., :2]))[0])
-    assert_close(losses[1][0], edis.info_nce(e(energies.nets[0], x[..., :2]) + e(energies.nets[1], x))[0])
-
-
 def test_conditional_losses():
     """The paper's: E2 and E3 by themselves, a and s' of the negatives in the positive's own s, its own (s, a)."""
     energies, sigma = edis.Energies(2, 1, 16), torch.full((6,), 0.5)
     states, chosen, acted, negatives = torch.randn(6, 2), torch.randn(6, 3), torch.randn(6, 5), torch.randn(6, 4, 5)
-    losses = edis.conditional_losses(energies, states, chosen, acted, negatives, sigma)
+    losses = list(edis.conditional_losses(energies, states, chosen, acted, negatives, sigma).values())
     for i, (positive, start) in enumerate(((states, 0), (chosen, 2), (acted, 3))):
         rows = []
         for b in range(6):
@@ -271,37 +221,21 @@ Q_ROOT = torch.tensor([[0.5, 0, 0], [0.2, 0.4, 0], [0.5, 0.2, 0.3]])
 Q_MEAN = torch.tensor([1.0, 0.4, 1.0])
 
 
+class Policy(torch.nn.Module):
+    def forward(self, s, epsilon):
+        return 0.4 * s + 0.4 * epsilon, None
+
+
 def train(**flags):
-    """A Round whose energies were trained for q by an actor 0.4 s + 0.4 e, and the exact denoiser of p."""
+    """Networks whose energies were trained for q, and its policy 0.4 s + 0.4 e, with the exact denoiser of p."""
     torch.manual_seed(0)
-    flags |= {"pool": 4_000, "energy_updates": 2_000, "energy_batch": 128, "energy_lr": 3e-3, "energy_width": 64}
-    args = edis.dataclasses.replace(ARGS, **flags)
-
-    class Policy(torch.nn.Module):
-        def forward(self, s, epsilon):
-            return 0.4 * s + 0.4 * epsilon, None
-
-    networks = {"energies": edis.Energies(1, 1, args.energy_width), "actor": Policy()}
-    work = edis.Round(args, networks, edis.EDM(64, 80.0, CPU, *KARRAS), torch.zeros(3), torch.ones(3), None)
-    denoise = GaussianDenoiser([0.0] * 3, (P_ROOT @ P_ROOT.T).tolist())
+    flags |= {"pool": 4_000, "energy_updates": 1_200, "energy_batch": 128, "energy_lr": 3e-3}
+    args, denoise = replace(ARGS, **flags), GaussianDenoiser([0.0] * 3, (P_ROOT @ P_ROOT.T).tolist())
+    networks = {"energies": edis.Energies(1, 1, 64), "actor": Policy(), "denoiser_ema": denoise}
     recent = Q_MEAN + torch.randn(8_000, 3) @ Q_ROOT.T
-    accuracies = work.train_energies(recent, denoise)
-    assert accuracies["state_accuracy_sigma_0.1"] > 0.15 and accuracies["state_accuracy_sigma_inf"] < 0.15  # 1 / 11
-    return work, denoise
-
-
-def test_accuracies_are_of_levels_that_there_are():
-    args = edis.dataclasses.replace(ARGS, pool=20, energy_updates=2)
-
-    class Policy(torch.nn.Module):
-        def forward(self, s, epsilon):
-            return 0.4 * s + 0.4 * epsilon, None
-
-    networks = {"energies": edis.Energies(1, 1, 8), "actor": Policy()}
-    work = edis.Round(args, networks, edis.EDM(4, 0.0, CPU, 0.25, 5), torch.zeros(3), torch.ones(3), None)
-    accuracies = work.train_energies(torch.randn(20, 3), GaussianDenoiser([0.0] * 3, COV))
-    blocks = ("state", "policy", "behavior", "transition")
-    assert accuracies.keys() == {f"{block}_accuracy_sigma_{end}" for block in blocks for end in (1, 10)}
+    found = edis.train_energies(args, make_edm(64), networks, make_coordinates(3, 1), recent)
+    assert 0.11 < found["energies/state_accuracy"] < 0.3  # by chance 1 / 11
+    return networks
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +259,7 @@ def noised_targets(sigma):
 @pytest.mark.parametrize("sigma", [0.05, 0.5, 2.0])
 def test_energies_are_the_log_density_ratios(trained, sigma):
     """E1, E2(a|s) and E3(s'|s, a) of noised x, up to a constant: the conditional ones too."""
-    energies, (p, q) = trained[0].networks["energies"], noised_targets(sigma)
+    energies, (p, q) = trained["energies"], noised_targets(sigma)
     x = q.sample((4_000,))
 
     def log_ratio(n):
@@ -340,37 +274,18 @@ def test_energies_are_the_log_density_ratios(trained, sigma):
 
 
 def test_trained_energies_give_the_target(trained):
-    work, denoise = trained
-    x = work.generate(6_000, denoise, edis.make_guidance(work.networks["energies"], (1.0, 1.0, 1.0), True, 10.0))
-    whitened = torch.linalg.solve(Q_ROOT, (x - Q_MEAN).T)  # N(0, I)
+    def sample(*scales):
+        guidance = guide(trained["energies"], scales, full=True, clip=10.0)
+        return edis.generate(ARGS, make_edm(64), trained["denoiser_ema"], 3_000, 3, guidance)
+
+    whitened = torch.linalg.solve(Q_ROOT, (sample(1, 1, 1) - Q_MEAN).T)  # N(0, I)
     e = whitened * torch.tensor([[0.5], [0.4], [0.3]])  # the links' own noise: s - 1, a - 0.4 s, s' - 0.8 s - 0.5 a
     assert (e.mean(1).abs() < 0.1).all()
     assert_close(e.std(1), torch.tensor([0.5, 0.4, 0.3]), atol=0.1, rtol=0)
     assert_close(whitened.cov(), torch.eye(3), atol=0.2, rtol=0)  # slopes too
-    x = work.generate(6_000, denoise, edis.make_guidance(work.networks["energies"], (1.0, 0.0, 0.0), True, 10.0))
-    cov = x[:, :2].T.cov()
+    cov = sample(1, 0, 0)[:, :2].T.cov()
     assert cov[0, 1] / cov[0, 0] > 0.7  # the policy's 0.4 s is E2's doing
-    x = work.generate(6_000, denoise, edis.make_guidance(work.networks["energies"], (0.0, 1.0, 1.0), True, 10.0))
-    assert x[:, 0].mean() < 0.45  # the recent states are E1's
-
-
-def test_inpainted_energies_are_exact_as_sigma_falls(trained):
-    """E2 and E3 have exact own-block gradients as sigma -> 0; above, those of joint negatives are nearer."""
-    inpainted, _ = train(conditional_negatives="inpainted", full_gradient=False)
-
-    def error(work, sigma):
-        """Of sigma-noised samples of q: relative error of each own-block gradient, root mean square."""
-        p, q = noised_targets(sigma)
-        x, exact = q.sample((4_000,)).requires_grad_(), []
-        for n in (1, 2, 3):
-            log_ratio = of_first(p, n).log_prob(x[:, :n]) - of_first(q, n).log_prob(x[:, :n])
-            exact.append(torch.autograd.grad(log_ratio.sum(), x)[0][:, n - 1])
-        exact = torch.stack(exact, dim=1)
-        guidance = edis.make_guidance(work.networks["energies"], (1.0, 1.0, 1.0), False, 1e9)
-        return (guidance(x, torch.tensor(sigma)) - exact).norm(dim=0) / exact.norm(dim=0)
-
-    assert (error(inpainted, 0.05) < torch.tensor([0.2, 0.25, 0.45])).all()
-    assert (error(inpainted, 2.0)[1:] > 1.4 * error(trained[0], 2.0)[1:]).all()
+    assert sample(0, 1, 1)[:, 0].mean() < 0.45  # the recent states are E1's
 
 
 def a_world(n):
@@ -380,41 +295,41 @@ def a_world(n):
     return x, x[:, 0] + x[:, 4], (x[:, 3] > -1).float()
 
 
-@pytest.mark.parametrize("share", [0.5, 0.2, 0.0])
-def test_a_share_of_what_is_trained_on_is_recent(share, monkeypatch):
+def test_a_share_of_the_batches_is_recent(monkeypatch):
     """Half for the models, as asked for the denoiser; the rest is of all rows alike."""
-    seen, (x, r, mask), energies = [], a_world(1_000), edis.Energies(2, 1, 8)
-    x[:, 0] = torch.arange(1_000)
+    seen, edm_loss = [], edis.edm_loss
+    x, r, mask = a_world(1_000)
+    y = torch.arange(1_000.0)[:, None].expand(-1, 5) / 1_000
 
     class Model(edis.MLP):
         def forward(self, y):
             seen.append(y[:, 0])
             return super().forward(y)
 
-    def edm_loss(denoise, x, sigma, noise):
+    def spy(denoise, x, *draws):
         seen.append(x[:, 0])
-        return loss(denoise, x / 1_000, sigma, noise)
+        return edm_loss(denoise, x, *draws)
 
-    loss, args = edis.edm_loss, edis.dataclasses.replace(ARGS, model_updates=40, denoiser_updates=40)
-    args = edis.dataclasses.replace(args, denoiser_batch=256, denoiser_recent=share)
-    monkeypatch.setattr(edis, "edm_loss", edm_loss)
-    if share == 0.5:
-        edis.train_model(args, Model(5, 2), energies, x, x, r, mask, 10)
-        assert len(torch.cat(seen)) == 40 * args.batch_size
-    denoiser = edis.Denoiser(5, 8, 1)
-    edis.train_denoiser(args, denoiser, edis.copy.deepcopy(denoiser), x, 10)
-    counts = torch.cat(seen).int().bincount(minlength=1_000) / len(torch.cat(seen))
-    assert counts[-10:].sum() == pytest.approx(share + 0.01 * (1 - share), abs=0.02)
-    assert counts[-10:].max() < share / 10 + 0.03
-    assert counts[:500].sum() == pytest.approx(0.5 * (1 - share), abs=0.03)
+    monkeypatch.setattr(edis, "edm_loss", spy)
+    args, denoiser = replace(ARGS, model_updates=40, denoiser_updates=40, denoiser_recent=0.2), edis.Denoiser(5, 8, 1)
+    for share in (0.5, 0.2):
+        seen.clear()
+        if share == 0.5:
+            edis.train_model(args, Model(5, 2), edis.Energies(2, 1, 8), x, y, r, mask, 10)
+        else:
+            edis.train_denoiser(args, denoiser, copy.deepcopy(denoiser), y, 10)
+        places = torch.cat(seen)
+        assert len(places) == 40 * 256
+        assert (places >= 0.99).float().mean() == pytest.approx(share + 0.01 * (1 - share), abs=0.02)
+        assert (places < 0.5).float().mean() == pytest.approx(0.5 * (1 - share), abs=0.03)
 
 
 def test_the_learned_dynamics_show_errors_to_the_transition_energy(monkeypatch):
     """Models learn reward, termination and s'; then E3 finds true next states among some that are 0.1 off."""
-    flags = {"model_updates": 1_500, "energy_updates": 400, "energy_width": 64, "energy_batch": 128, "pool": 4_000}
-    args = edis.dataclasses.replace(ARGS, **flags, energy_lr=3e-3)
+    flags = {"model_updates": 1_000, "energy_updates": 400, "energy_batch": 128, "pool": 4_000, "energy_lr": 3e-3}
+    args, coordinates = replace(ARGS, **flags), make_coordinates(5, 2)
     energies, model, (x, r, mask) = edis.Energies(2, 1, 64), edis.MLP(5, 2), a_world(20_000)
-    edis.train_model(args, model, energies, edis.Round.differences(x, 2), x, r, mask, len(x))
+    edis.train_model(args, model, energies, coordinates.normalize(x), x, r, mask, len(x))
     test, r, mask = a_world(2_000)
     with torch.no_grad():
         reward, logit = model(test).unbind(1)
@@ -423,37 +338,26 @@ def test_the_learned_dynamics_show_errors_to_the_transition_energy(monkeypatch):
         error = test[:, :2] + energies.dynamics(test[:, :3]) - test[:, 3:]
         assert error.square().mean().sqrt() < 0.03
 
-    class Policy(torch.nn.Module):
+    class Uniform(torch.nn.Module):
         def forward(self, s, epsilon):
             return torch.rand(len(s), 1) * 2 - 1, None
 
-    networks = {"energies": energies, "actor": Policy()}
-    work = edis.Round(args, networks, edis.EDM(32, 80.0, CPU, *KARRAS), torch.zeros(5), torch.ones(5), None)
+    edm = make_edm(32, sigma_max=1.0)
 
-    def pool(self, denoise):
+    def make_pool(*_):
         off, _, _ = a_world(args.pool)
         off[:, 3:] += 0.1 * torch.randn(args.pool, 2)
-        return self.normalize(off) + self.edm.sigma[:-1, None, None] * torch.randn(32, args.pool, 5)
+        return coordinates.normalize(off) + edm.sigma[:-1, None, None] * torch.randn(32, args.pool, 5)
 
-    monkeypatch.setattr(edis.Round, "make_pool", pool)
-    accuracies = work.train_energies(work.normalize(x[:8_000]), None)
-    assert accuracies["transition_accuracy_sigma_0.1"] > 0.4  # by chance 1 / 11
-    assert max(accuracies[f"{name}_accuracy_sigma_0.1"] for name in ("state", "policy", "behavior")) < 0.15
-
-
-def test_the_pool_has_its_levels_noise():
-    args = edis.dataclasses.replace(ARGS, pool=3_000, chunk=1_000)
-    work = edis.Round(args, {}, edis.EDM(64, 80.0, CPU, *KARRAS), torch.zeros(3), torch.ones(3), None)
-    pool = work.make_pool(GaussianDenoiser([0.0] * 3, COV))
-    assert pool.shape == (64, 3_000, 3)
-    for level in (25, 40, 63):
-        variance = work.edm.sigma[level] ** 2
-        expected = torch.tensor(COV) + variance * torch.eye(3)
-        assert_close(pool[level].T.cov(), expected, rtol=0, atol=0.12 * (1 + variance.item()))
+    monkeypatch.setattr(edis, "make_pool", make_pool)
+    networks = {"energies": energies, "actor": Uniform(), "denoiser_ema": None}
+    found = edis.train_energies(args, edm, networks, coordinates, coordinates.normalize(x[:8_000]))
+    assert found["energies/transition_accuracy"] > 0.25  # by chance 1 / 11
+    assert max(found[f"energies/{name}_accuracy"] for name in ("state", "policy", "behavior")) < 0.15
 
 
 def test_normalisation_round_trip():
-    """Round.policy and Round.rows speak raw coordinates to the agent and normalised ones to the denoiser."""
+    """The agent sees raw coordinates, the denoiser normalised ones."""
     mean, std = torch.tensor([1.0, 2.0, 0.1, -1.0, 3.0]), torch.tensor([2.0, 0.5, 0.3, 4.0, 1.0])
     model, S = edis.MLP(5, 2), 2
 
@@ -461,11 +365,10 @@ def test_normalisation_round_trip():
         def forward(self, s, epsilon):
             return s.sum(1, keepdim=True), None
 
-    networks = {"energies": edis.Energies(2, 1, 8), "actor": Echo(), "model": model}
-    work = edis.Round(ARGS, networks, edis.EDM(4, 0.0, CPU, *KARRAS), mean, std, None)
+    work = make_coordinates(5, 2, mean, std)
     raw = torch.randn(6, 5) / 5
     x = work.normalize(raw)
-    rows = work.rows(x)
+    rows = edis.make_rows(model, work, x)
     assert_close(rows[:, :5], raw, atol=1e-5, rtol=1e-4)
     difference = torch.cat([raw[:, :3], raw[:, 3:] - raw[:, :2]], dim=1)
     assert_close(x, (difference - mean) / std, atol=1e-5, rtol=1e-4)
@@ -476,9 +379,11 @@ def test_normalisation_round_trip():
     beyond = raw.clone()
     beyond[:, S] = 3.0  # the model sees the action that the row holds
     clamped = torch.cat([raw[:, :S], torch.full((6, 1), 0.999), raw[:, S + 1 :]], dim=1)
-    assert_close(work.rows(work.normalize(beyond)), work.rows(work.normalize(clamped)))
+    assert_close(
+        edis.make_rows(model, work, work.normalize(beyond)), edis.make_rows(model, work, work.normalize(clamped))
+    )
     assert rows.shape == (6, 8) and (rows[:, 7] == -math.inf).all()
-    assert_close(work.policy(x[:, :S]) * std[2] + mean[2], raw[:, :S].sum(1, keepdim=True))
+    assert_close(work.policy(Echo(), x[:, :S]) * std[2] + mean[2], raw[:, :S].sum(1, keepdim=True))
 
 
 # -------------------------------------------------------------------------------------------------------- SAC and CQL
@@ -517,8 +422,8 @@ class Recorder(torch.nn.Module):
 
 def agent(critic, target, **flags):
     """An update with these critics, of states (B, 2) and actions (B, 1)."""
-    args = edis.dataclasses.replace(ARGS, denoiser_width=8, **flags)
-    networks = edis.make_networks(2, 1, args, CPU)
+    args = replace(ARGS, denoiser_width=8, **flags)
+    networks = edis.make_networks(2, 1, args)
     networks["critic"], networks["critic_target"] = critic, target.requires_grad_(False)
     return edis.make_update(args, networks)[0], networks
 
@@ -578,7 +483,7 @@ def test_cql_wiring(calibrate):
     (s, a, next_s, r, mask), M = a_batch(), 500
     critic = Recorder(7.0)
     update, networks = agent(critic, Recorder(0.0), calibrate=calibrate, cql_actions=M)
-    net = networks["actor"].net.layers[-1]
+    net = networks["actor"].net[-1]
     net.weight.data.zero_()
     net.bias.data.copy_(torch.tensor([0.0, 0.0]))  # one density for every state
     seen = []
@@ -600,97 +505,25 @@ def test_cql_wiring(calibrate):
     assert_close(penalty, expected)
 
 
-def test_distances():
-    """Least where the states are the recent ones, the actions the policy's, the next states the environment's."""
-
-    mean, std = torch.tensor([1.0, 0.5, 2.0]), torch.tensor([2.0, 0.5, 3.0])
-    networks = {"energies": edis.Energies(1, 1, 8), "actor": edis.Actor(1, 1), "model": edis.MLP(3, 2)}
-
-    def simulate(s, a):
-        with torch.no_grad():
-            reward, logit = networks["model"](work.inputs(torch.cat([s, a, s + a], dim=1))).unbind(1)
-        return torch.stack([(s + a)[:, 0], reward + 0.25, torch.sigmoid(-logit) - 0.125], dim=1)
-
-    work = edis.Round(ARGS, networks, edis.EDM(4, 0.0, CPU, *KARRAS), mean, std, simulate)
-    s = torch.randn(3_000, 1)
-    with torch.no_grad():
-        a, _ = networks["actor"](s, torch.randn(3_000, 1))
-    recent = work.normalize(torch.cat([s, a, s + a], dim=1))
-    right = work.distances(recent, recent)
-    copies = work.distances(recent + 1e-4, recent)["nearest"]
-    assert 0 < copies < 0.1 * right["nearest"] and right["nearest"] < 0.2
-    assert abs(right["state"]) < 0.02 and abs(right["policy"]) < 0.02 and right["dynamics"] < 1e-5
-    mean_s = s + 2 + 3 * networks["energies"].dynamics(recent[:, :2]).detach()  # s plus the difference that is learned
-    assert_close(right["learned_dynamics"], ((s + a - mean_s) / 2).abs().mean())
-    assert right["reward_rms"] == pytest.approx(0.25, abs=1e-4) and right["mask_bias"] == pytest.approx(0.125, abs=1e-4)
-    for column, name in enumerate(("state", "policy", "dynamics")):
-        wrong = recent.clone()
-        wrong[:, column] += 0.5
-        assert work.distances(wrong, recent)[name] > right[name] + 0.03
-    wrong[::2, 2] = recent[::2, 2]  # half is right: mean off / 2, root mean square off / sqrt(2)
-    found = work.distances(wrong, recent)
-    off = 0.5 * 3 / 2  # from deviations of s' - s to those of s
-    assert_close(torch.stack([found["dynamics"], found["dynamics_rms"]]), torch.tensor([off / 2, off / 2**0.5]))
+def test_returns_to_go():
+    """Across a terminal, a timeout and the file's end; cut episodes bound no value where rewards can be negative."""
+    rewards, ends = np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.array([False, True, True, False, False])
+    terminals = np.array([False, True, False, False, False])
+    np.testing.assert_allclose(edis.returns_to_go(rewards, terminals, ends, 0.5, False), [2, 2, 3, 6.5, 5])
+    expected = [2, 2, -math.inf, -math.inf, -math.inf]
+    np.testing.assert_allclose(edis.returns_to_go(rewards, terminals, ends, 0.5, True), expected)
 
 
-def test_simulator_is_the_environment():
-    """A step of Hopper from its own state, through a transform of the observations."""
-    import gymnasium as gym
-
-    env, transform = (
-        gym.make("Hopper-v4"),
-        edis.Transform(obs_shift=np.full(11, -0.3), obs_scale=np.full(11, 2.0), reward_scale=3.0),
-    )
-    simulate = edis.make_simulator(gym.make("Hopper-v4"), transform, 11)
-    obs, _ = env.reset(seed=0)
-    for _ in range(10):
-        action = env.action_space.sample()
-        next_obs, reward, terminated, *_ = env.step(action)
-        s, a = (torch.as_tensor(x, dtype=torch.float32)[None] for x in (transform.obs(obs), action))
-        expected = [*transform.obs(next_obs), transform.reward(reward), 1.0 - terminated]
-        assert_close(simulate(s, a)[0], torch.tensor(expected).float(), atol=1e-4, rtol=1e-4)
-        obs = next_obs
-
-
-def test_actor_and_temperature_losses():
-    q, log_pi = torch.tensor([1.0, 3.0]), torch.tensor([-1.0, 2.0])
-    assert_close(edis.actor_loss(q, log_pi, torch.tensor(0.5)), torch.tensor(0.25 - 2.0))
-    log_alpha = torch.tensor(0.0, requires_grad=True)
-    edis.temperature_loss(log_alpha, torch.tensor([-5.0]), -3).backward()  # entropy 5, above its target -A = -3
-    assert log_alpha.grad > 0  # so alpha falls
-
-
-def test_the_preset_can_tell_that_the_medium_policy_falls():
-    """Mean discounted returns of episodes of the medium and, from the file's middle on, of the expert policy."""
-    columns = edis.read_hdf5(ROOT / "datasets" / "hopper-medium-expert-mini.hdf5")
-    ends = columns["terminals"].astype(bool) | columns["timeouts"].astype(bool)
-    starts = np.append(True, ends[:-1])
-    expert = np.arange(len(ends)) > len(ends) / 2
-
-    def medium_and_expert(gamma):
-        returns = edis.monte_carlo_returns(columns["rewards"].astype(np.float64), ends, gamma)
-        return returns[starts & ~expert].mean(), returns[starts & expert].mean()
-
-    medium, best = medium_and_expert(1.0)
-    assert best > 2 * medium
-    medium, best = medium_and_expert(edis.Args.gamma)
-    assert best < medium
-    medium, best = medium_and_expert(edis.MINI["gamma"])
-    assert best > 1.2 * medium
-
-
-def test_monte_carlo_returns():
-    """Across a terminal, a timeout and the file's end."""
-    rewards = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
-    ends = np.array([False, True, True, False, False])
-    np.testing.assert_allclose(edis.monte_carlo_returns(rewards, ends, 0.5), [2, 2, 3, 6.5, 5])
-
-
-def test_energy_distance():
-    """Zero for equal distributions; for points 0 and d it is 2 d."""
-    torch.manual_seed(0)
-    assert edis.energy_distance(torch.randn(2_000, 2), torch.randn(2_000, 2)).abs() < 0.01
-    assert_close(edis.energy_distance(torch.zeros(5, 2), torch.tensor([[3.0, 4.0]]).expand(7, 2)), torch.tensor(10.0))
+@pytest.mark.parametrize("drop", ["", "timeouts", "next_observations"])
+def test_returns_are_of_the_rows_that_are_kept(drop):
+    columns = make_columns() | {"rewards": np.arange(600.0)}
+    columns["next_observations"] = np.roll(columns["observations"], -1, axis=0) + columns["timeouts"][:, None]
+    columns.pop(drop, None)
+    rows, _ = edis.make_transitions(columns, ARGS)
+    np.testing.assert_allclose(edis.data_returns(columns, columns["rewards"], 0.0), rows[:, -2])
+    assert edis.data_returns(columns, np.ones(600), 1.0).max() == 50
+    bounds = np.isfinite(edis.data_returns(columns, np.full(600, -1.0), 1.0))
+    assert 0.4 < bounds.mean() < 0.6  # every other episode is cut
 
 
 def test_model_loss():
@@ -698,17 +531,3 @@ def test_model_loss():
     assert_close(loss, torch.tensor(4 + math.log(2)))
     certain = edis.model_loss(torch.tensor([0.0]), torch.tensor([9.0]), torch.tensor([0.0]), torch.tensor([0.0]))
     assert certain < 1e-3  # a positive logit is a termination, mask 0
-
-
-def test_buffer():
-    buffer = edis.Buffer(5, 1, CPU)
-    buffer.add(torch.arange(3.0)[:, None])
-    assert len(buffer) == 3 and buffer.recent(2)[:, 0].tolist() == [1, 2]
-    buffer.add(torch.arange(3.0, 7.0)[:, None])
-    assert len(buffer) == 5 and buffer.recent(9)[:, 0].tolist() == [2, 3, 4, 5, 6]
-    other = edis.Buffer(5, 1, CPU)
-    other.load_state_dict(buffer.state_dict())
-    buffer.add(torch.tensor([[7.0]]))
-    other.add(torch.tensor([[7.0]]))
-    assert other.recent(5).tolist() == buffer.recent(5).tolist() and other.rows.tolist() == buffer.rows.tolist()
-    assert set(other.sample(100)[:, 0].tolist()) == {3, 4, 5, 6, 7}

@@ -32,7 +32,7 @@ def run(hopper_file, tmp_path):
         "--augmentation synther --churn 0",
         "--augmentation offline --cql-alpha 0 --no-calibrate",
         "--augmentation none --cql-alpha-online 1",
-        "--no-state-energy --observation-transform per-dimension",
+        "--no-state-energy --normalize-observations",
         "--conditional-negatives inpainted --no-full-gradient --inpainting-repeats 2",
     ],
 )
@@ -52,11 +52,11 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, stopped_at):
         update, optimizers = make_update(*args)
         calls = []
 
-        def stopped(**batch):
+        def stopped(*batch):
             calls.append(1)
             if len(calls) == stopped_at:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return update(**batch)
+            return update(*batch)
 
         return stopped, optimizers
 
@@ -76,3 +76,59 @@ def test_bad_arguments(run, capsys):
     with pytest.raises(SystemExit) as caught:
         run("--conditional-negatives", "inpainted")
     assert caught.value.code == 2 and "--no-full-gradient" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["signal", "crash"])
+def test_a_round_is_made_again(run, tmp_path, monkeypatch, how):
+    """A signal ends a round at once; the resume makes it again and ends with the same weights."""
+    whole = edis_sac.load_checkpoint(run()["run_dir"])
+
+    def ends(*args):
+        if how == "crash":
+            raise KeyError("crash")
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(edis_sac, "train_energies", ends)
+        with pytest.raises((SystemExit, KeyError)) as caught:
+            run()
+    assert how == "crash" or caught.value.code == 143
+    folders = sorted((tmp_path / "runs").iterdir(), key=lambda path: path.stat().st_mtime)
+    saved = edis_sac.load_checkpoint(str(folders[-1]))
+    assert saved["step"] == 5
+    result = run("--resume", str(folders[-1]))
+    resumed = edis_sac.load_checkpoint(result["run_dir"])
+    for name in ("actor", "critic", "critic_target", "denoiser", "energies", "model"):
+        assert all(torch.equal(value, resumed[name][key]) for key, value in whole[name].items()), name
+    assert torch.equal(whole["online"]["rows"], resumed["online"]["rows"])
+    assert torch.equal(whole["synthetic"]["rows"], resumed["synthetic"]["rows"])
+    assert whole["evaluations"] == resumed["evaluations"]
+
+    def rows(folder):
+        text = (Path(folder) / "metrics.jsonl").read_text()
+        drop = ("charts/SPS", "charts/generated_per_second")
+        return [{k: v for k, v in json.loads(line).items() if k not in drop} for line in text.splitlines()]
+
+    first = next(f for f in (tmp_path / "runs").iterdir() if f != folders[-1])
+    assert rows(first) == rows(folders[-1])
+
+
+def test_runs_share_a_pretrained_agent(run, tmp_path):
+    import shutil
+
+    agent = run("--online-steps", "0")["run_dir"]
+    results = {}
+    for augmentation in ("edis", "none", "edis "):
+        folder = shutil.copytree(agent, tmp_path / augmentation.replace(" ", "2"))
+        flags = ("--resume", str(folder), "--augmentation", augmentation.strip(), "--online-steps", "6")
+        result = run(*flags)
+        assert result["run_dir"] == str(folder) and result["updates"] == 9
+        results[augmentation] = edis_sac.load_checkpoint(str(folder))["actor"]
+    whole = edis_sac.load_checkpoint(run()["run_dir"])["actor"]
+    same = [all(torch.equal(value, found[key]) for key, value in whole.items()) for found in results.values()]
+    assert same == [True, False, True]
+    with pytest.raises(SystemExit):
+        run("--resume", str(tmp_path / "none"), "--gamma", "0.9", "--online-steps", "7")
+    with pytest.raises(SystemExit):
+        run("--resume", str(tmp_path / "none"), "--samples", "21", "--online-steps", "7")

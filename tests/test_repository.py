@@ -7,7 +7,9 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS
+from conftest import EDP, ROOT
+
+SCRIPTS = ("edis_sac", *EDP)
 
 INDIRECT = {"tensorboard", "moviepy", "mujoco"}  # pinned, though not imported by that name
 OPTIONAL = {"minari", "gymnasium_robotics"}
@@ -27,15 +29,14 @@ def test_inline_metadata_is_requirements_txt(name):
     block = re.search(r"(?m)^# /// script$\n((?:^#.*$\n)+?)^# ///$", source)[1]
     assert 'requires-python = ">=3.10,<3.14"' in block
     dependencies = re.findall(r'"([^"]+)"', block[block.index("dependencies") :])
-    required = pins((ROOT / "requirements.txt").read_text())
-    assert dependencies == [pin for pin in required if name_of(pin) != "filelock"]  # which edis_sac.py alone imports
+    assert dependencies == pins((ROOT / "requirements.txt").read_text())
     assert all("==" in pin for pin in dependencies)
 
 
 def test_requirements_are_what_is_imported():
     """And a script imports nothing of this repository."""
     imported = set()
-    for name in (*SCRIPTS, "edis_sac"):
+    for name in SCRIPTS:
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.split(".")[0] for alias in node.names}
