@@ -483,6 +483,8 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
         cql_loss = penalty(s, next_s, mc, (q1, q2), a.shape[1]) if cql_alpha else torch.zeros((), device=s.device)
         losses = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "cql_loss": cql_loss}
         losses |= {"alpha": alpha, "q_mean": q1.mean(), "q_max": q1.max()}
+        # Detached before the step: a graph of gradients that crosses it would be compiled for a second backward pass
+        metrics = {f"losses/{name}": loss.detach() for name, loss in losses.items()}
         # A fixed coefficient, online too; EDIS's code adapts it by a Lagrange multiplier
         minimize("critic", qf1_loss + qf2_loss + cql_alpha * cql_loss)
         step("critic")
@@ -491,14 +493,14 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
         target_entropy = -a.shape[1]
         new_a, log_pi = actor(s, torch.randn_like(a))
         policy_loss = (alpha * log_pi - critic.min(s, new_a)).mean()
-        losses |= {"policy_loss": policy_loss, "entropy": -log_pi.mean()}
+        metrics |= {"losses/policy_loss": policy_loss.detach(), "losses/entropy": -log_pi.detach().mean()}
         minimize("actor", policy_loss)
         excess = (-log_pi - target_entropy).detach()
         minimize("temperature", (log_alpha.exp() * excess).mean())  # alpha falls while the entropy exceeds its target
         step("actor", "temperature")
         with torch.no_grad():
             torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
-        return {f"losses/{name}": loss.detach() for name, loss in losses.items()}
+        return metrics
 
     return update, optimizers
 

@@ -2,6 +2,7 @@
 
 python benchmark_results/launch.py edp_iql            # three seeds, the bundled sets; all variants
 python benchmark_results/launch.py edp_iql --jobs medium-expert   # only the jobs whose name contains this
+python benchmark_results/launch.py edis_sac           # one pre-trained agent per seed, which every variant goes on with
 python benchmark_results/launch.py edp_iql --env-ids hopper-medium-v2 walker2d-medium-v2 --updates 2000000
 python benchmark_results/launch.py edp_td3 --executor slurm --slurm-partition cpu
 
@@ -11,6 +12,7 @@ kept too, and is told; the exit code is 1 if a job did not end well.
 
 import importlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark_results")]
 import report  # noqa: E402
 
-EDP_SETS = ("hopper-medium-expert-mini", "hopper-medium-mini", "hopper-medium-replay-mini")
+EDIS_SETS = ("hopper-medium-mini", "hopper-medium-replay-mini")
+EDP_SETS = ("hopper-medium-expert-mini", *EDIS_SETS)
 FEW_STEPS = ["--sampler", "ddpm", "--beta-schedule", "vp", "--diffusion-steps", "5"]
 VARIANTS: dict[str, dict[str, list[str]]] = {
     "edp_iql": {
@@ -49,6 +52,13 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "diffusion_ql_tau": ["--no-action-approximation", *FEW_STEPS, "--eta", "1", "--tau", "0.005"],  # its authors'
         "td3_bc": ["--eta", "2.5", "--normalize-observations"],
     },
+    "edis_sac": {
+        **{name: ["--augmentation", name] for name in ("edis", "offline", "none")},
+        "synther": ["--augmentation", "synther", "--denoiser-recent", "0"],
+        "edis_no_energies": ["--augmentation", "synther"],
+        **{f"edis_no_{name}": [f"--no-{name}-energy"] for name in ("state", "policy", "transition")},
+        "edis_inpainted": ["--conditional-negatives", "inpainted", "--no-full-gradient"],
+    },
 }
 BASELINES = {name: f"benchmark_results/baselines/{name}.py" for name in ("iql", "td3_bc")}
 # Arguments that change no result
@@ -60,7 +70,7 @@ FREE |= {"capture_video", "num_threads", "compile"}
 class Args:
     """Run a benchmark; call it again to go on where it stopped."""
 
-    script: tyro.conf.Positional[Literal["edp_iql", "edp_crr", "edp_td3"]]
+    script: tyro.conf.Positional[Literal["edp_iql", "edp_crr", "edp_td3", "edis_sac"]]
     """which script"""
     env_ids: list[str] = field(default_factory=list)
     """data sets; none given: the bundled ones of the results page"""
@@ -68,6 +78,8 @@ class Args:
     """seeds 0, 1, ..."""
     updates: int = 100_000
     """updates per run of an EDP script"""
+    online_steps: int = 10_000
+    """online steps per run of EDIS"""
     workers: int = 2
     """runs at a time on this machine: one per core"""
     gpus: int = 0
@@ -88,13 +100,18 @@ class Args:
     """where files of finished runs go; report.py shows those in the default folder"""
 
 
-def train(file: str, flags: list[str], work: Path, raw: Path) -> int:
-    """A run in `work`, continued from the checkpoint there; its exit code.
+def train(file: str, flags: list[str], work: Path, raw: Path, agent: Path | None = None) -> int:
+    """A run in `work`, continued from the checkpoint there, or from a copy of the agent's run; its exit code.
 
     Looks for the checkpoint when it starts: a job that the cluster queues again goes on. Signals reach the run.
     """
     work.mkdir(parents=True, exist_ok=True)
     folders = sorted(path.parent for path in work.glob("*/checkpoint.pt"))
+    if agent and not folders:
+        source, part = next(agent.glob("*/result.json")).parent, work.with_name(f"{work.name}.part")
+        shutil.rmtree(part, ignore_errors=True)  # a copy that was cut short
+        shutil.copytree(source, part, ignore=shutil.ignore_patterns("result.json"))
+        folders = [part.rename(work / source.name)]
     where = ["--resume", str(folders[-1])] if folders else ["--runs-dir", str(work)]
     with open(work / "log.txt", "a") as log:
         run = subprocess.Popen([sys.executable, str(ROOT / file), *flags, *where], stdout=log, stderr=log, cwd=ROOT)
@@ -104,7 +121,7 @@ def train(file: str, flags: list[str], work: Path, raw: Path) -> int:
     running.append(run)
     code = run.wait()
     running.remove(run)
-    if code in (0, 3):  # diverged runs are kept too
+    if code in (0, 3) and raw.name:  # diverged runs are kept too
         folder = max(work.glob("*/args.json"), key=lambda path: path.stat().st_mtime).parent
         raw.parent.mkdir(parents=True, exist_ok=True)
         report.store(report.collect(folder), raw)
@@ -114,17 +131,31 @@ def train(file: str, flags: list[str], work: Path, raw: Path) -> int:
 running: list[subprocess.Popen[bytes]] = []  # of this process
 
 
-def make_jobs(args: Args) -> dict[str, dict[str, Any]]:
-    """Arguments of train for each job that is not done."""
+def work_through(steps: list[dict[str, Any]]) -> int:
+    """The runs of a job in turn, of which the first makes the agent that the others go on with; the worst exit code."""
+    codes = []
+    for step in steps:
+        codes.append(train(**step))
+        if codes[-1] not in (0, 3):
+            break
+    return max(codes, key=abs)
+
+
+def make_jobs(args: Args) -> dict[str, list[dict[str, Any]]]:
+    """Runs of each job that are not done: one, or with EDIS those of all variants that share an agent."""
     script, found = importlib.import_module(args.script), False
-    jobs: dict[str, dict[str, Any]] = {}
+    jobs: dict[str, list[dict[str, Any]]] = {}
+    edis = args.script == "edis_sac"
     for seed in range(args.seeds):
-        for env_id in args.env_ids or EDP_SETS:
+        for env_id in args.env_ids or (EDIS_SETS if edis else EDP_SETS):
             resolved: list[Any] = []
             for variant, flags in VARIANTS[args.script].items():
                 name, raw = f"{env_id.replace('/', '_')}__{variant}__{seed}", args.raw_dir
                 flags = ["--env-id", env_id, "--seed", str(seed), "--exp-name", variant, *flags]
-                flags += ["--num-updates", str(args.updates), "--eval-every", str(min(10_000, args.updates))]
+                if edis:
+                    flags += ["--online-steps", str(args.online_steps)]
+                else:
+                    flags += ["--num-updates", str(args.updates), "--eval-every", str(min(10_000, args.updates))]
                 parsed = vars(script.parse_args(flags)).items()
                 wanted = {key: value for key, value in parsed if key not in FREE}
                 repeated = (BASELINES.get(variant), wanted) in resolved  # the preset has the variant's values
@@ -140,7 +171,15 @@ def make_jobs(args: Args) -> dict[str, dict[str, Any]]:
                 if args.gpus and args.executor == "local":
                     flags += ["--device", f"cuda:{len(jobs) % args.gpus}"]
                 file = BASELINES.get(variant, f"{args.script}.py")
-                jobs[name] = {"file": file, "flags": flags, "work": args.runs_dir / name, "raw": raw}
+                run: dict[str, Any] = {"file": file, "flags": flags, "work": args.runs_dir / name, "raw": raw}
+                if not edis:
+                    jobs[name] = [run]
+                    continue
+                agent = args.runs_dir / f"{env_id.replace('/', '_')}__pretrained__{seed}"
+                offline = [*flags[:4], "--online-steps", "0", "--compile", args.compile]
+                first = {"file": file, "flags": offline, "work": agent, "raw": Path()}
+                done = bool(list(agent.glob("*/result.json")))
+                jobs.setdefault(agent.name, [] if done else [first]).append(run | {"agent": agent})
     if not found:
         print(f"launch.py: error: no job's name contains {args.jobs!r}", file=sys.stderr)
         raise SystemExit(2)
@@ -155,11 +194,11 @@ def main(args: Args) -> None:
         executor.update_parameters(timeout_min=60 * args.slurm_hours, gpus_per_node=args.gpus or None)
         executor.update_parameters(slurm_partition=args.slurm_partition, slurm_additional_parameters={"requeue": True})
         with executor.batch():
-            submitted = {name: executor.submit(train, **job) for name, job in jobs.items()}
+            submitted = {name: executor.submit(work_through, steps) for name, steps in jobs.items()}
         results = {name: job.result for name, job in submitted.items()}
     else:
         pool = ThreadPoolExecutor(args.workers)
-        futures = {name: pool.submit(train, **job) for name, job in jobs.items()}
+        futures = {name: pool.submit(work_through, steps) for name, steps in jobs.items()}
         results = {name: future.result for name, future in futures.items()}
 
         def end(number: int, frame: Any) -> None:
@@ -178,9 +217,7 @@ def main(args: Args) -> None:
         except BaseException as error:  # cancelled, or the cluster's
             code = repr(error)
         failed += code != 0
-        told = (
-            f"FAILED, exit code {code}: see {args.runs_dir / name}/log.txt; launch again to go on" if code else "done"
-        )
+        told = f"FAILED, exit code {code}: see log.txt in {args.runs_dir}; launch again to go on" if code else "done"
         print(f"{time.strftime('%H:%M')} {name}: {told}", flush=True)
     raise SystemExit(1 if failed or ended else 0)
 
