@@ -97,7 +97,7 @@ class Args:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate at which the target critics follow
     cql_alpha: float = 5.0  # coefficient of the CQL penalty offline; 0: plain SAC
-    cql_alpha_online: float = 5.0  # coefficient of the CQL penalty online
+    cql_alpha_online: float = 5.0  # coefficient of the CQL penalty online; EDIS's code adapts it (Lagrange)
     cql_actions: int = 10  # actions per state of each of the penalty's three samples
     calibrate: bool = True  # Cal-QL: the penalty stops at the data's Monte-Carlo return
     # synthetic data
@@ -485,7 +485,6 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
         losses |= {"alpha": alpha, "q_mean": q1.mean(), "q_max": q1.max()}
         # Detached before the step: a graph of gradients that crosses it would be compiled for a second backward pass
         metrics = {f"losses/{name}": loss.detach() for name, loss in losses.items()}
-        # A fixed coefficient, online too; EDIS's code adapts it by a Lagrange multiplier
         minimize("critic", qf1_loss + qf2_loss + cql_alpha * cql_loss)
         step("critic")
 
