@@ -243,9 +243,8 @@ class Denoiser(nn.Module):
     def __init__(self, dim: int, width: int, layers: int) -> None:
         super().__init__()
         self.first = nn.Linear(dim + 16, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width)) for _ in range(layers)
-        )
+        blocks = (nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, width)) for _ in range(layers))
+        self.blocks = nn.ModuleList(blocks)
         self.last = nn.Linear(width, dim)
         self.frequencies = nn.Buffer(math.pi * 2.0 ** torch.arange(-2, 6), persistent=False)
 
@@ -310,8 +309,7 @@ def make_networks(obs_dim: int, act_dim: int, args: Args) -> dict[str, Any]:
     networks["denoiser"] = Denoiser(dim, args.denoiser_width, args.denoiser_layers)
     networks["denoiser_ema"] = copy.deepcopy(networks["denoiser"]).requires_grad_(False)
     networks["energies"] = Energies(obs_dim, act_dim, args.energy_width)
-    # Reward and logit of termination. Learned: the published code diffuses the reward and ignores terminations
-    networks["model"] = MLP(dim, 2)
+    networks["model"] = MLP(dim, 2)  # reward, logit of termination; published code: reward diffused, no termination
     return networks
 
 
@@ -876,6 +874,8 @@ def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple
         path: Any = args.dataset_path or Path(__file__).parent / "datasets" / f"{args.env_id}.hdf5"
         if args.env_id in D4RL_IDS and not args.dataset_path:
             path = download_d4rl(args.env_id[:-3].replace("-", "_") + "-v2.hdf5")
+        if not Path(path).is_file():
+            raise OSError(f"{path} is missing. Bundled files are in datasets/ of this script's repository")
         with h5py.File(path, "r", locking=False) as file:  # some file systems have no locks
             columns = {key: np.asarray(file[key]) for key in KEYS if key in file}
         return check(columns), make_env, reference

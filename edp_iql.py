@@ -484,6 +484,8 @@ def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple
         path: Any = args.dataset_path or Path(__file__).parent / "datasets" / f"{args.env_id}.hdf5"
         if args.env_id in D4RL_IDS and not args.dataset_path:
             path = download_d4rl(args.env_id[:-3].replace("-", "_") + "-v2.hdf5")
+        if not Path(path).is_file():
+            raise OSError(f"{path} is missing. Bundled files are in datasets/ of this script's repository")
         with h5py.File(path, "r", locking=False) as file:  # some file systems have no locks
             columns = {key: np.asarray(file[key]) for key in KEYS if key in file}
         return check(columns), make_env, reference

@@ -194,6 +194,12 @@ def test_unknown_ids(capsys, hopper_file):
     assert len(columns["rewards"]) == 600 and make_env is None and reference is None
 
 
+def test_a_copied_script_tells_where_the_data_are(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(edp_iql, "__file__", str(tmp_path / "edp_iql.py"))
+    line = error_of(capsys, lambda: edp_iql.load_task(edp_iql.Args()))
+    assert "hopper-medium-replay-mini.hdf5 is missing" in line and "datasets/" in line
+
+
 def test_a_module_of_ones_own(tmp_path, hopper_file, monkeypatch):
     """module:Env-v0 imports the module that registers it."""
     (tmp_path / "my_envs.py").write_text(

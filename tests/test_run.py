@@ -315,6 +315,21 @@ def test_signals(run, tmp_path, monkeypatch, name, signum, code):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_a_signal_while_a_row_is_logged(run, tmp_path, monkeypatch):
+    """It comes after the loop has decided not to save: the next update is saved before the run ends."""
+    say = edp_iql.say
+
+    def say_and_stop(text, file=None):
+        say(text, file)
+        if str(text).startswith("update 2/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(edp_iql, "say", say_and_stop)
+    with pytest.raises(SystemExit):
+        run(edp_iql)
+    assert step_of(edp_iql, newest(tmp_path)) == 3
+
+
 def test_a_signal_in_an_evaluation(run, tmp_path, monkeypatch):
     """The evaluation ends, and is made again by the resumed run."""
     whole, evaluate = run(edp_iql), edp_iql.evaluate
