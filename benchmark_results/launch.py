@@ -100,18 +100,34 @@ class Args:
     """where files of finished runs go; report.py shows those in the default folder"""
 
 
-def train(file: str, flags: list[str], work: Path, raw: Path, agent: Path | None = None) -> int:
+running: list[subprocess.Popen[bytes]] = []  # of this process
+
+
+def resumable(work: Path, wanted: dict[str, Any]) -> list[Path]:
+    """Folders of stopped runs with the wanted arguments, oldest first; those of other arguments are left alone."""
+    found = []
+    for folder in sorted(path.parent for path in work.glob("*/checkpoint.pt")):
+        newest = max(folder.glob("args*.json"), key=lambda path: path.stat().st_mtime)
+        saved = json.loads(newest.read_text())["args"]
+        if all(saved.get(key) == value for key, value in wanted.items() if key not in ("num_updates", "online_steps")):
+            found.append(folder)
+    return found
+
+
+def train(
+    file: str, flags: list[str], work: Path, wanted: dict[str, Any], raw: Path | None = None, agent: Path | None = None
+) -> int:
     """A run in `work`, continued from the checkpoint there, or from a copy of the agent's run; its exit code.
 
     Looks for the checkpoint when it starts: a job that the cluster queues again goes on. Signals reach the run.
     """
     work.mkdir(parents=True, exist_ok=True)
-    folders = sorted(path.parent for path in work.glob("*/checkpoint.pt"))
+    folders = resumable(work, wanted)
     if agent and not folders:
         source, part = next(agent.glob("*/result.json")).parent, work.with_name(f"{work.name}.part")
         shutil.rmtree(part, ignore_errors=True)  # a copy that was cut short
         shutil.copytree(source, part, ignore=shutil.ignore_patterns("result.json"))
-        folders = [part.rename(work / source.name)]
+        folders = [part.rename(work / f"copy-{time.time_ns()}")]
     where = ["--resume", str(folders[-1])] if folders else ["--runs-dir", str(work)]
     with open(work / "log.txt", "a") as log:
         run = subprocess.Popen([sys.executable, str(ROOT / file), *flags, *where], stdout=log, stderr=log, cwd=ROOT)
@@ -121,14 +137,11 @@ def train(file: str, flags: list[str], work: Path, raw: Path, agent: Path | None
     running.append(run)
     code = run.wait()
     running.remove(run)
-    if code in (0, 3) and raw.name:  # diverged runs are kept too
-        folder = max(work.glob("*/args.json"), key=lambda path: path.stat().st_mtime).parent
+    if code in (0, 3) and raw:  # diverged runs are kept too
+        folder = max(work.glob("*/args*.json"), key=lambda path: path.stat().st_mtime).parent
         raw.parent.mkdir(parents=True, exist_ok=True)
         report.store(report.collect(folder), raw)
     return code
-
-
-running: list[subprocess.Popen[bytes]] = []  # of this process
 
 
 def work_through(steps: list[dict[str, Any]]) -> int:
@@ -150,7 +163,7 @@ def make_jobs(args: Args) -> dict[str, list[dict[str, Any]]]:
         for env_id in args.env_ids or (EDIS_SETS if edis else EDP_SETS):
             resolved: list[Any] = []
             for variant, flags in VARIANTS[args.script].items():
-                name, raw = f"{env_id.replace('/', '_')}__{variant}__{seed}", args.raw_dir
+                name = f"{env_id.replace('/', '_')}__{variant}__{seed}"
                 flags = ["--env-id", env_id, "--seed", str(seed), "--exp-name", variant, *flags]
                 if edis:
                     flags += ["--online-steps", str(args.online_steps)]
@@ -171,13 +184,15 @@ def make_jobs(args: Args) -> dict[str, list[dict[str, Any]]]:
                 if args.gpus and args.executor == "local":
                     flags += ["--device", f"cuda:{len(jobs) % args.gpus}"]
                 file = BASELINES.get(variant, f"{args.script}.py")
-                run: dict[str, Any] = {"file": file, "flags": flags, "work": args.runs_dir / name, "raw": raw}
+                run: dict[str, Any] = {"file": file, "flags": flags, "work": args.runs_dir / name, "wanted": wanted}
+                run["raw"] = raw
                 if not edis:
                     jobs[name] = [run]
                     continue
                 agent = args.runs_dir / f"{env_id.replace('/', '_')}__pretrained__{seed}"
                 offline = [*flags[:4], "--online-steps", "0", "--compile", args.compile]
-                first = {"file": file, "flags": offline, "work": agent, "raw": Path()}
+                shared = {key: value for key, value in vars(script.parse_args(offline)).items() if key not in FREE}
+                first = {"file": file, "flags": offline, "work": agent, "wanted": shared}
                 done = bool(list(agent.glob("*/result.json")))
                 jobs.setdefault(agent.name, [] if done else [first]).append(run | {"agent": agent})
     if not found:

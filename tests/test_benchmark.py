@@ -1,5 +1,7 @@
 """The benchmark's report and launcher, in a copy of the repository."""
 
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -44,3 +46,15 @@ def test_launch(copy):
         assert done.returncode == 0 and told in done.stdout, done
     assert list((copy / "trial" / "raw").glob("hopper-medium-replay-mini__bc__0*"))
     assert sorted(path.name for path in raw.iterdir()) == before
+
+
+def test_only_runs_of_the_same_arguments_go_on(tmp_path):
+    """A checkpoint that was made before an argument changed is left alone."""
+    spec = importlib.util.spec_from_file_location("launch", ROOT / "benchmark_results" / "launch.py")
+    launch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launch)
+    for name, lr in (("a", 1e-3), ("b", 3e-4)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.pt").touch()
+        (tmp_path / name / "args.json").write_text(json.dumps({"args": {"lr": lr, "num_updates": 5}}))
+    assert launch.resumable(tmp_path, {"lr": 3e-4, "num_updates": 9}) == [tmp_path / "b"]
