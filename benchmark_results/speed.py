@@ -5,6 +5,7 @@ python benchmark_results/speed.py --device cuda --matmul-precision high
 python benchmark_results/speed.py --report           # writes the tables of what was measured before
 """
 
+import ctypes
 import importlib
 import json
 import statistics
@@ -132,11 +133,15 @@ def main(args: Args) -> None:
     if not args.report:
         device = torch.device(args.device)
         torch.set_num_threads(1)
+        if sys.platform == "linux":  # as a run does
+            for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+                ctypes.CDLL(None).mallopt(option, 32 << 20)
         torch.set_float32_matmul_precision(args.matmul_precision)
         cpu = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].splitlines()[0]
         hardware = torch.cuda.get_device_name() if args.device == "cuda" else cpu
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
         about = {"device": hardware, "torch": str(torch.__version__), "matmul_precision": args.matmul_precision}
+        about["device"] += f" with {torch.backends.cpu.get_cpu_capability()}" if args.device == "cpu" else ""
         results: dict[str, Any] = {}
         for name in CASES:
             results[name] = measure(name, args, device)
