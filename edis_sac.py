@@ -1,11 +1,3 @@
-# /// script
-# requires-python = ">=3.10,<3.14"
-# dependencies = [
-#     "torch==2.13.0", "numpy==2.2.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "h5py==3.16.0", "pooch==1.9.0",
-#     "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0", "wandb==0.31.0", "moviepy==2.2.1",
-# ]
-# ///
-# uv installs PyTorch for CUDA. On a machine without a GPU: UV_TORCH_BACKEND=cpu uv pip install -r requirements.txt
 """EDIS: energy-guided diffusion sampling for offline-to-online reinforcement learning, on SAC.
 
 Liu et al., Energy-Guided Diffusion Sampling for Offline-to-Online RL, ICML 2024, arXiv 2407.12448
@@ -14,7 +6,7 @@ al. 2023, arXiv 2303.05479). Online, a diffusion model guided by three energies 
 
     diffusion          p_theta(x) of x = (s, a, s'), EDM (Karras et al. 2022, arXiv 2206.00364)  Denoiser, edm_loss
     energies           q ~ p_theta exp(-E1(s) - E2(a|s) - E3(s'|s, a)), e^E = nu / mu            Energies, info_nce
-    guided sampling    dx / dsigma = (x - D(x)) / sigma + sigma sum_i lambda_i grad E_i          EDM, make_guidance
+    guided sampling    dx / dsigma = (x - D(x)) / sigma + sigma sum_i lambda_i grad E_i          EDM, Energies
     state energy       mu: states of the most recent transitions; nu: of unguided samples        energy_losses
     policy energy      mu: actions of the policy; nu: of unguided samples                        energy_losses
     transition energy  mu: next states of the environment; nu: of unguided samples               energy_losses
@@ -29,13 +21,13 @@ draws negatives for the clean s, but the energy sees only the noised s: it infer
 sampler needs p_theta's states. Only as sigma goes to 0 do both agree (--conditional-negatives inpainted: the paper's).
 
 Where this differs from the paper and from the published code (github.com/liuxhym/EDIS), a comment says so.
+Python 3.10 to 3.13; packages: pip install -r requirements.txt of this script's repository, github.com/OWNER/REPOSITORY.
 """
 
 import copy
 import ctypes
 import difflib
 import hashlib
-import importlib
 import itertools
 import json
 import math
@@ -45,6 +37,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -55,6 +48,7 @@ from typing import Any, Literal, NoReturn
 import gymnasium as gym
 import h5py
 import numpy as np
+import pooch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -85,6 +79,7 @@ class Args:
     """r; 1000 r / (best - worst return); r - 1 or 4 (r - 0.5) (AntMaze); r scaled to [-1, 1] (Adroit, kitchen)"""
     normalize_observations: bool = False  # shift and scale each dimension to mean 0 and deviation 1
     # evaluation
+    eval_only: bool = False  # only evaluate, with --resume a trained run, in a run folder of its own
     eval_every: int = 10_000  # updates between two evaluations
     eval_episodes: int = 10  # episodes per evaluation, all run side by side; 0: no evaluation
     capture_video: bool = False  # record the first episode of each evaluation to RUN/videos
@@ -107,7 +102,6 @@ class Args:
     round_every: int = 10_000  # online steps between two rounds of training the models and generating
     first_round: int = 1_000  # online steps before the first round; real offline data stand in until then
     samples: int = 100_000  # synthetic transitions per round, which replace those of the last round
-    chunk: int = 10_000  # of them generated at once: bounds the memory
     denoiser_updates: int = 10_000  # updates of the denoiser per round
     denoiser_batch: int = 256  # transitions per update of the denoiser
     denoiser_recent: float = 0.0  # share of recent transitions among them; exp(-E1) is then at most its inverse
@@ -130,12 +124,9 @@ class Args:
     inpainting_repeats: int = 10  # passes through each noise level for inpainted negatives
     positive_buffer: int = 10_000  # most recent transitions, the energies' positives; the published code: all online
     pool: int = 10_000  # unguided samples, the energies' negatives; inpainted, of pool / negatives conditions
-    state_energy: bool = True  # use E1, of states
-    policy_energy: bool = True  # use E2, of actions given states
-    transition_energy: bool = True  # use E3, of next states given both
-    state_scale: float = 1.0  # lambda_1, how strongly E1 guides; the published code: 0.01 to 2, per data set
-    policy_scale: float = 1.0  # lambda_2, how strongly E2 guides
-    transition_scale: float = 1.0  # lambda_3, how strongly E3 guides
+    state_scale: float = 1.0  # lambda_1, how strongly E1 guides; 0: off; the published code: 0.01 to 2, per data set
+    policy_scale: float = 1.0  # lambda_2, how strongly E2 guides; 0: off
+    transition_scale: float = 1.0  # lambda_3, how strongly E3 guides; 0: off
     full_gradient: bool = True  # let E2 and E3 move their conditions too; off: only a, only s'
     guidance_clip: float = 10.0  # bound of the norm of sigma sum lambda_i grad E_i, in units of sqrt(dim x)
     # speed
@@ -149,30 +140,17 @@ class Args:
     def num_updates(self) -> int:
         return self.offline_updates + self.online_steps
 
-    @property
-    def scales(self) -> tuple[float, float, float]:
-        """lambda_1, lambda_2, lambda_3; 0: switched off."""
-        return (
-            self.state_scale * self.state_energy,
-            self.policy_scale * self.policy_energy,
-            self.transition_scale * self.transition_energy,
-        )
-
     def __post_init__(self) -> None:
-        counts = "log_every save_every eval_every batch_size cql_actions round_every samples chunk denoiser_batch "
-        counts += "denoiser_width denoiser_layers energy_batch energy_width negatives inpainting_repeats pool "
-        counts += "positive_buffer num_updates num_threads"
-        updates = "offline_updates online_steps denoiser_updates model_updates energy_updates"
-        free = "cql_alpha cql_alpha_online churn state_scale policy_scale transition_scale guidance_clip"
-        bounds: dict[str, Any] = dict.fromkeys(counts.split(), (1, 1e12))
-        bounds |= dict.fromkeys((updates + " " + free).split(), (0, 1e12))
-        bounds |= dict.fromkeys(("gamma", "tau", "synthetic_ratio", "denoiser_recent", "denoiser_ema"), (0, 1))
-        bounds |= dict.fromkeys(("actor_lr", "critic_lr", "denoiser_lr", "energy_lr"), (1e-12, 1e3))
-        bounds |= {"seed": (0, 2**32), "eval_episodes": (0, 1e4), "first_round": (1, 1e12), "sampling_steps": (2, 1e4)}
-        bounds |= {"sigma_max": (1e-2, 1e4), "sigma_min": (1e-5, self.sigma_max)}
-        for name, (low, high) in bounds.items():
-            if not low <= getattr(self, name) <= high:  # NaN is not, either
-                fail(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], got {getattr(self, name)}")
+        shares = ("gamma", "tau", "synthetic_ratio", "denoiser_recent", "denoiser_ema")
+        free = "seed eval_episodes offline_updates online_steps denoiser_updates model_updates energy_updates cql_alpha"
+        free += " cql_alpha_online churn state_scale policy_scale transition_scale guidance_clip"
+        for name, value in vars(self).items():
+            low: float = 0 if name in (*shares, *free.split()) else 1 if type(value) is int else 1e-12
+            high: float = 1 if name in shares else 1e12
+            if type(value) in (int, float) and not low <= value <= high:  # NaN is not, either
+                fail(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], got {value}")
+        if self.num_updates < 1 or self.sampling_steps < 2 or self.sigma_min > self.sigma_max:
+            fail("updates, two --sampling-steps, and a --sigma-min up to --sigma-max are needed")
         if self.conditional_negatives == "inpainted" and (self.full_gradient or self.pool < self.negatives):
             # E2 and E3 are then learned up to a function of their conditions, which has a gradient
             fail("--conditional-negatives inpainted needs --no-full-gradient, and a --pool of at least --negatives")
@@ -269,17 +247,16 @@ class Energies(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, width: int) -> None:
         super().__init__()
-        self.ends = (obs_dim, obs_dim + act_dim, 2 * obs_dim + act_dim)  # of s, a, s' in x
-        hidden, outputs = (width,) * 3, (1, 1, 1 + obs_dim)
-        self.nets = nn.ModuleList(MLP(end + 1, n, hidden) for end, n in zip(self.ends, outputs, strict=True))
-        self.behavior = MLP(self.ends[1] + 1, 1, hidden)  # log p_sigma / q_sigma of recent pairs (s, a)
-        self.dynamics = MLP(self.ends[1], obs_dim, hidden)  # E[s' | s, a] in the coordinates of x, without noise
+        S, SA, D = self.ends = (obs_dim, obs_dim + act_dim, 2 * obs_dim + act_dim)  # of s, a, s' in x
+        sizes = ((S, 1), (SA, 1), (D, 1 + S), (SA, 1))  # E1, E2, E3, and log p_sigma / q_sigma of recent pairs (s, a)
+        self.nets = nn.ModuleList(MLP(end + 1, outputs, (width,) * 3) for end, outputs in sizes)
+        self.dynamics = MLP(SA, S, (width,) * 3)  # E[s' | s, a] in the coordinates of x, without noise
 
-    def energy(self, net: nn.Module, x: Tensor, sigma: Tensor) -> Tensor:
-        """The net's energy (...) of x (..., end) at sigma (...)."""
+    def energy(self, i: int, x: Tensor, sigma: Tensor) -> Tensor:
+        """The energy (...) of net i, of x (..., end) at sigma (...)."""
         scaled = x / (sigma.square() + 1).sqrt()[..., None]
-        out = net(torch.cat([scaled, sigma.log()[..., None] / 4], dim=-1))
-        if net is not self.nets[2]:
+        out = self.nets[i](torch.cat([scaled, sigma.log()[..., None] / 4], dim=-1))
+        if i != 2:
             return out[..., 0]
         SA = self.ends[1]
         residual = x[..., SA:] - self.dynamics(scaled[..., :SA])
@@ -287,17 +264,23 @@ class Energies(nn.Module):
         return out[..., 0] + (F.softplus(out[..., 1:]) * squared / (1 + squared / 25)).sum(-1)
 
     @torch.enable_grad()
-    def forward(self, x: Tensor, sigma: Tensor, scales: tuple[float, ...], full: bool) -> Tensor:
-        """sum lambda_i grad E_i (B, D) at x (B, D), sigma (); each on its own block, s, a or s', unless `full`."""
+    def forward(self, x: Tensor, sigma: Tensor, scales: tuple[float, ...], full: bool, clip: float) -> Tensor:
+        """The guidance sum lambda_i grad E_i (B, D) at x (B, D), sigma ().
+
+        Each gradient on its own block, s, a or s', unless `full`. sigma times the norm of the sum is at most
+        clip sqrt(D); the published code clips the norm itself.
+        """
         x = x.detach().requires_grad_()
         total, start = torch.zeros((), device=x.device), 0
-        for net, end, scale in zip(self.nets, self.ends, scales, strict=True):
+        for i, (end, scale) in enumerate(zip(self.ends, scales, strict=True)):
             if scale:
                 condition = x[:, :start] if full else x[:, :start].detach()
                 seen = torch.cat([condition, x[:, start:end]], dim=1)
-                total = total + scale * self.energy(net, seen, sigma.expand(len(x))).sum()
+                total = total + scale * self.energy(i, seen, sigma.expand(len(x))).sum()
             start = end
-        return torch.autograd.grad(total, x)[0]
+        gradient = torch.autograd.grad(total, x)[0]
+        bound = clip * math.sqrt(x.shape[1]) / sigma
+        return gradient * (bound / gradient.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
 
 
 def make_networks(obs_dim: int, act_dim: int, args: Args) -> dict[str, Any]:
@@ -344,9 +327,9 @@ class Coordinates:
     @torch.no_grad()
     def policy(self, actor: Actor, s: Tensor) -> Tensor:
         """Normalised actions (B, A) of the actor in normalised states (B, S)."""
-        S, A = self.S, len(self.mean) - 2 * self.S
-        a, _ = actor(s * self.std[:S] + self.mean[:S], torch.randn(len(s), A, device=s.device))
-        return (a - self.mean[S : S + A]) / self.std[S : S + A]
+        S, mean, std = self.S, self.mean, self.std
+        a, _ = actor(s * std[:S] + mean[:S], torch.randn(len(s), len(mean) - 2 * S, device=s.device))
+        return (a - mean[S:-S]) / std[S:-S]
 
 
 def edm_loss(denoise: Callable[..., Tensor], x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
@@ -355,6 +338,7 @@ def edm_loss(denoise: Callable[..., Tensor], x: Tensor, sigma: Tensor, noise: Te
     return ((sigma.square() + 1) / sigma.square() * error).mean()
 
 
+CHUNK = 10_000  # transitions sampled at once: bounds the memory
 Guidance = Callable[[Tensor, Tensor], Tensor]  # x (B, D), sigma () -> sum lambda_i grad E_i (B, D)
 
 
@@ -370,10 +354,10 @@ class EDM:
 
     @torch.no_grad()
     def sample(
-        self, denoise: Callable, x: Tensor, guidance: Guidance | None = None, visit: Callable | None = None,
+        self, denoise: Callable, x: Tensor, guidance: Guidance | None = None, visited: Tensor | None = None,
         held: Tensor | None = None, repeats: int = 1,
     ) -> Tensor:  # fmt: skip
-        """Standard normal x (B, D) -> samples (B, D); `visit` is shown the noised x at each sigma.
+        """Standard normal x (B, D) -> samples (B, D); `visited` keeps the noised x at each sigma, the last dimensions.
 
         Inpainting: the first dimensions are `held` (B, H), noised anew at each sigma. The others follow p(rest | held)
         only if each sigma is passed several times (RePaint, Lugmayr et al. 2022, arXiv 2201.09865).
@@ -393,8 +377,8 @@ class EDM:
                     x = x + (sigma.square() - sigma_next.square()).sqrt() * torch.randn_like(x)
                 if held is not None:
                     x = torch.cat([held + sigma * torch.randn_like(held), x[:, held.shape[1] :]], dim=1)
-                if visit is not None:
-                    visit(i, x)
+                if visited is not None:
+                    visited[i] = x[:, -visited.shape[2] :]
                 x = x + 1.003 * added * torch.randn_like(x)  # S_noise
                 d = derivative(x, sigma_hat)
                 x_next = x + (sigma_next - sigma_hat) * d
@@ -405,24 +389,15 @@ class EDM:
 
 
 def make_guidance(args: Args, energies: Energies) -> Guidance | None:
-    """sum lambda_i grad E_i (B, D) in normalised coordinates; None without energies.
-
-    sigma times its norm is at most clip sqrt(D); the published code clips the norm itself.
-    """
-
-    def guidance(x: Tensor, sigma: Tensor) -> Tensor:
-        gradient = energies(x, sigma, args.scales, args.full_gradient)
-        bound = args.guidance_clip * math.sqrt(x.shape[1]) / sigma
-        return gradient * (bound / gradient.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
-
-    return guidance if any(args.scales) else None
+    """The energies' gradient in normalised coordinates; None without energies."""
+    scales = (args.state_scale, args.policy_scale, args.transition_scale)
+    return partial(energies, scales=scales, full=args.full_gradient, clip=args.guidance_clip) if any(scales) else None
 
 
-def generate(args: Args, edm: EDM, denoise: Callable[..., Tensor], n: int, D: int, guidance: Any = None) -> Tensor:
-    """(n, D) synthetic transitions, normalised, in chunks that bound the memory."""
-    sizes = [min(args.chunk, n - done) for done in range(0, n, args.chunk)]
-    noise = (torch.randn(size, D, device=edm.sigma.device) for size in sizes)
-    return torch.cat([edm.sample(denoise, x, guidance) for x in noise])
+def generate(edm: EDM, denoise: Callable[..., Tensor], n: int, D: int, guidance: Guidance | None) -> Tensor:
+    """(n, D) synthetic transitions, normalised."""
+    sizes = [min(CHUNK, n - done) for done in range(0, n, CHUNK)]
+    return torch.cat([edm.sample(denoise, torch.randn(m, D, device=edm.sigma.device), guidance) for m in sizes])
 
 
 # ----------------------------------------------------------------------------------------------------------- Algorithm
@@ -454,9 +429,9 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
         M, B = args.cql_actions, len(s)
         with torch.no_grad():
             uniform = 2 * torch.rand(M, B, A, device=s.device) - 1
-            pairs = [actor(states, torch.randn(M, B, A, device=s.device)) for states in (s, next_s)]
-            actions = torch.cat([uniform, *(a for a, _ in pairs)])
-            log_density = torch.cat([torch.full((M, B), -A * math.log(2), device=s.device), *(p for _, p in pairs)])
+            (a, log_pi), (next_a, next_log_pi) = (actor(x, torch.randn_like(uniform)) for x in (s, next_s))
+            actions = torch.cat([uniform, a, next_a])
+            log_density = torch.cat([torch.full((M, B), -A * math.log(2), device=s.device), log_pi, next_log_pi])
         total = torch.zeros((), device=s.device)
         for q, q_a in zip(critic(s.repeat(3 * M, 1), actions.flatten(0, 1)), q_data, strict=True):
             q = q.view(3 * M, B)
@@ -487,13 +462,12 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
         step("critic")
 
         # Policy and temperature
-        target_entropy = -a.shape[1]
         new_a, log_pi = actor(s, torch.randn_like(a))
         policy_loss = (alpha * log_pi - critic.min(s, new_a)).mean()
         metrics |= {"losses/policy_loss": policy_loss.detach(), "losses/entropy": -log_pi.detach().mean()}
         minimize("actor", policy_loss)
-        excess = (-log_pi - target_entropy).detach()
-        minimize("temperature", (log_alpha.exp() * excess).mean())  # alpha falls while the entropy exceeds its target
+        excess = (a.shape[1] - log_pi).detach()  # entropy above its target, -A: alpha falls
+        minimize("temperature", (log_alpha.exp() * excess).mean())
         step("actor", "temperature")
         with torch.no_grad():
             torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
@@ -508,45 +482,30 @@ def info_nce(energy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def energy_losses(
-    energies: Energies, acted: Tensor, chosen: Tensor, negatives: Tensor, sigma: Tensor
+    energies: Energies, states: Tensor, chosen: Tensor, acted: Tensor, negatives: Tensor, sigma: Tensor, joint: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """InfoNCE of E1, E1 + E2, recent pairs, and these + E3; what each is trained on top of is held fixed.
+    """InfoNCE of the energies, each positive against K negatives; the published code: negatives of other positives.
 
-    Noised at sigma (B,): recent transitions (s, a, s') as acted (B, D), recent states with actions chosen by the
-    policy now (B, S + A), K unguided samples for each (B, K, D). The published code: negatives of other positives.
+    Joint: of E1, E1 + E2, recent pairs, and these + E3; what each is trained on top of is held fixed. Not joint, the
+    paper's: of each energy by itself, with a and s' among negatives of the same s, of the same (s, a).
+    Noised at sigma (B,): recent states (B, S), states with actions chosen by the policy now (B, S + A), recent
+    transitions (s, a, s') as acted (B, D), K unguided samples for each (B, K, D).
     """
-    S, SA = energies.ends[:2]
-    acted, chosen = (torch.cat([x[:, None], negatives[..., : x.shape[1]]], dim=1) for x in (acted, chosen))
-    sigma = sigma[:, None].expand(acted.shape[:2])
-    e1 = energies.energy(energies.nets[0], chosen[..., :S], sigma)
-    e2 = energies.energy(energies.nets[1], chosen, sigma)
-    e3 = energies.energy(energies.nets[2], acted, sigma)
-    behavior = energies.energy(energies.behavior, acted[..., :SA], sigma)
-    summed = {"state": e1, "policy": e1.detach() + e2, "behavior": behavior, "transition": behavior.detach() + e3}
-    return {name: info_nce(e) for name, e in summed.items()}
+    S, SA, _ = energies.ends
+    sigma = sigma[:, None].expand(-1, 1 + negatives.shape[1])
 
-
-def conditional_losses(
-    energies: Energies, states: Tensor, chosen: Tensor, acted: Tensor, negatives: Tensor, sigma: Tensor
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The paper's: InfoNCE of each energy by itself, a and s' among negatives of the same s, of the same (s, a).
-
-    Noised at sigma (B,): recent states (B, S), others with actions of the policy now (B, S + A), recent transitions
-    (B, D), and for each K negatives (B, K, D): s unguided, a by that s of `chosen`, s' by that (s, a) of `acted`.
-    """
-    losses, start, sigma = {}, 0, sigma[:, None].expand(-1, 1 + negatives.shape[1])
-    positives = {"state": states, "policy": chosen, "transition": acted}
-    for (name, x), net, end in zip(positives.items(), energies.nets, energies.ends, strict=True):
-        blocks = torch.cat([x[:, None, start:end], negatives[..., start:end]], dim=1)
+    def energy(i: int, x: Tensor, start: int = 0) -> Tensor:
+        """(B, 1 + K) of positives x (B, end), then of the same with the negatives' dimensions from `start` on."""
+        blocks = torch.cat([x[:, None, start:], negatives[..., start : x.shape[1]]], dim=1)
         condition = x[:, None, :start].expand(-1, blocks.shape[1], -1)
-        losses[name] = info_nce(energies.energy(net, torch.cat([condition, blocks], dim=2), sigma))
-        start = end
-    return losses
+        return energies.energy(i, torch.cat([condition, blocks], dim=2), sigma)
 
-
-def model_loss(reward: Tensor, logit: Tensor, r: Tensor, mask: Tensor) -> Tensor:
-    """Squared error of the reward and cross-entropy of the termination, all (B,)."""
-    return (reward - r).square().mean() + F.binary_cross_entropy_with_logits(logit, 1 - mask)
+    if joint:
+        e1, e2, e3, behavior = energy(0, states), energy(1, chosen), energy(2, acted), energy(3, acted[:, :SA])
+        summed = {"state": e1, "policy": e1.detach() + e2, "behavior": behavior, "transition": behavior.detach() + e3}
+    else:
+        summed = {"state": energy(0, states), "policy": energy(1, chosen, S), "transition": energy(2, acted, SA)}
+    return {name: info_nce(e) for name, e in summed.items()}
 
 
 def make_fit(optimizer: Any, parameters: list[Any], lr: float, updates: int) -> Callable[[Tensor], None]:
@@ -599,31 +558,23 @@ def train_model(
         index[:half] = torch.randint(len(x) - recent, len(x), (half,), device=x.device)
         reward, logit = model(y[index]).unbind(1)
         residual = energies.dynamics(x[index, :SA]) - x[index, SA:]
-        loss = model_loss(reward, logit, r[index], mask[index]) + residual.square().mean()
+        loss = F.mse_loss(reward, r[index]) + F.binary_cross_entropy_with_logits(logit, 1 - mask[index])
+        loss = loss + residual.square().mean()
         fit(loss)
         mean += loss.detach() / args.model_updates
     return mean
 
 
-def make_pool(
-    args: Args, edm: EDM, ends: tuple[int, int, int], denoise: Callable[..., Tensor], conditions: Tensor | None = None
-) -> Tensor:
-    """The noised x that one unguided pass of the sampler visits, (levels, P, D): negatives for every level.
+def make_pool(args: Args, edm: EDM, denoise: Callable[..., Tensor], conditions: Tensor, starts: list[int]) -> Tensor:
+    """The noised x that the unguided sampler visits, (levels, P, D): negatives for every level.
 
-    With conditions (P, D): s of that pass, a of one that holds the conditions' s, s' of one that holds both.
+    A pass for each start: it holds the conditions (P, D) before that dimension, and makes the others.
     """
-    n = args.pool if conditions is None else len(conditions)
-    pool = torch.empty(len(edm.sigma_hat), n, ends[2], device=edm.sigma.device)
-    for start in (0,) if conditions is None else (0, *ends[:2]):
+    pool = torch.empty(len(edm.sigma_hat), *conditions.shape, device=conditions.device)
+    for start in starts:
         repeats = args.inpainting_repeats if start else 1
-        for i in range(0, n, args.chunk):
-            part = pool[:, i : i + args.chunk]
-            held = conditions[i : i + args.chunk, :start] if conditions is not None and start else None
-
-            def visit(level: int, x: Tensor, start: int = start, part: Tensor = part) -> None:
-                part[level, :, start:] = x[:, start:]
-
-            edm.sample(denoise, torch.randn_like(part[0]), visit=visit, held=held, repeats=repeats)
+        for part, held in zip(pool.split(CHUNK, dim=1), conditions[:, :start].split(CHUNK), strict=True):
+            edm.sample(denoise, torch.randn_like(part[0]), visited=part[..., start:], held=held, repeats=repeats)
     return pool
 
 
@@ -634,39 +585,36 @@ def train_energies(
 
     At all levels of the sampler and between them; the published code: one level, or two of another schedule.
     """
-    energies, denoise = networks["energies"], networks["denoiser_ema"]
-    (S, SA, D), B, K, device = energies.ends, args.energy_batch, args.negatives, recent.device
-    joint, conditions = args.conditional_negatives == "joint", recent
+    energies, joint, device = networks["energies"], args.conditional_negatives == "joint", recent.device
+    (S, SA, D), B, K = energies.ends, args.energy_batch, args.negatives
+    acting, held, starts = recent, recent.new_empty(args.pool, D), [0]  # holds nothing
     if not joint:
-        conditions = recent[torch.randint(len(recent), (args.pool // K,), device=device)]
-    pool = make_pool(args, edm, energies.ends, denoise, None if joint else conditions.repeat_interleave(K, dim=0))
-    parameters = [*energies.nets.parameters(), *energies.behavior.parameters()]  # the dynamics are learned before
-    fit = make_fit(torch.optim.Adam, parameters, args.energy_lr, args.energy_updates)
+        acting = recent[torch.randint(len(recent), (args.pool // K,), device=device)]
+        held, starts = acting.repeat_interleave(K, dim=0), [0, S, SA]
+    pool = make_pool(args, edm, networks["denoiser_ema"], held, starts)
+    # Without the dynamics, which train_model has trained
+    fit = make_fit(torch.optim.Adam, list(energies.nets.parameters()), args.energy_lr, args.energy_updates)
     upper = edm.sigma_hat.maximum(edm.sigma[:-1].roll(1))  # where the range of the level above begins
-    upper[0] = edm.sigma_hat[0]
     found: dict[str, Tensor] = {}
     for _ in range(args.energy_updates):
         level = torch.randint(len(edm.sigma_hat), (B,), device=device)
         low = edm.sigma[level]
         sigma = low * (upper[level] / low) ** torch.rand(B, device=device)
-        own = torch.randint(len(conditions), (B,), device=device)
-        acted = conditions[own] + sigma[:, None] * torch.randn(B, D, device=device)
+        own = torch.randint(len(acting), (B,), device=device)
+        acted = acting[own] + sigma[:, None] * torch.randn(B, D, device=device)
         states = recent[torch.randint(len(recent), (B,), device=device), :S]
-        s = states if joint else conditions[own, :S]
+        s = states if joint else acting[own, :S]
         chosen = torch.cat([s, coordinates.policy(networks["actor"], s)], dim=1)
-        chosen = chosen + sigma[:, None] * torch.randn(B, SA, device=device)
+        chosen = chosen + sigma[:, None] * torch.randn_like(chosen)
         if joint:
             drawn = torch.randint(args.pool, (B, K), device=device)
         else:
             drawn = own[:, None] * K + torch.arange(K, device=device)
-        negatives = pool[level[:, None], drawn]
         added = (sigma.square() - low.square()).clamp(min=0).sqrt()[:, None, None]
+        negatives = pool[level[:, None], drawn]
         negatives = negatives + added * torch.randn_like(negatives)
-        if joint:
-            results = energy_losses(energies, acted, chosen, negatives, sigma)
-        else:
-            states = states + sigma[:, None] * torch.randn(B, S, device=device)
-            results = conditional_losses(energies, states, chosen, acted, negatives, sigma)
+        states = chosen[:, :S] if joint else states + sigma[:, None] * torch.randn(B, S, device=device)
+        results = energy_losses(energies, states, chosen, acted, negatives, sigma, joint)
         fit(torch.stack([loss for loss, _ in results.values()]).sum())
         for name, values in results.items():
             for key, value in zip((f"losses/{name}_energy_loss", f"energies/{name}_accuracy"), values, strict=True):
@@ -680,8 +628,8 @@ def make_rows(model: MLP, coordinates: Coordinates, x: Tensor) -> Tensor:
     The mask is the probability of going on, in which the target is linear; the published code: 1.
     """
     S = coordinates.S
-    s, a, next_s = coordinates.denormalize(x).split([S, x.shape[1] - 2 * S, S], dim=1)
-    transitions = torch.cat([s, a.clamp(-0.999, 0.999), next_s], dim=1)
+    transitions = coordinates.denormalize(x)
+    transitions[:, S:-S].clamp_(-0.999, 0.999)
     with torch.no_grad():
         reward, logit = model(coordinates.model_inputs(transitions)).unbind(1)
     tail = [reward, torch.sigmoid(-logit), torch.full_like(reward, -math.inf)]
@@ -702,73 +650,38 @@ def make_round(
     if guidance:
         metrics |= train_energies(args, edm, networks, coordinates, x[len(x) - recent :])
     begin = time.time()
-    rows = make_rows(model, coordinates, generate(args, edm, ema, args.samples, D, guidance))
+    rows = make_rows(model, coordinates, generate(edm, ema, args.samples, D, guidance))
     rows[-1].tolist()  # waits for the device
     metrics["charts/generated_per_second"] = torch.tensor(len(rows) / (time.time() - begin))
     return rows, metrics
 
 
-class Buffer:
-    """The first `count` of rows (capacity, D) on the device."""
-
-    def __init__(self, capacity: int, dim: int, device: torch.device) -> None:
-        self.rows, self.count = torch.zeros(capacity, dim, device=device), 0
-
-    def add(self, rows: Tensor) -> None:
-        self.rows[self.count : self.count + len(rows)] = rows
-        self.count += len(rows)
-
-    def sample(self, n: int) -> Tensor:
-        return self.rows[torch.randint(self.count, (n,), device=self.rows.device)]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"rows": self.rows[: self.count].clone()}
-
-    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        self.count = 0
-        self.add(saved["rows"])
-
-
 class Interaction:
-    """The online environment. Its state is the number of the episode and its actions, which a resume plays again."""
+    """The online environment, in an episode whose first actions are played again, after a resume."""
 
-    def __init__(self, env: gym.Env, seed: int) -> None:
-        self.env, self.seed, self.episode = env, seed, -1
-        self.start()
+    def __init__(self, env: gym.Env, seed: int, episode: int, actions: np.ndarray) -> None:
+        self.env, self.seed = env, seed
+        self.start(episode)
+        for action in actions:
+            self.step(action)
 
-    def start(self) -> None:
-        self.episode += 1
-        self.obs, _ = self.env.reset(seed=int(np.random.default_rng([self.seed, self.episode]).integers(2**31)))
-        self.actions: list[np.ndarray] = []
+    def start(self, episode: int) -> None:
+        self.episode = episode
         self.rewards: list[float] = []
+        self.obs, _ = self.env.reset(seed=int(np.random.default_rng([self.seed, episode]).integers(2**31)))
 
     def step(self, action: np.ndarray) -> tuple[bool, bool]:
         """Terminated, end of the episode; the next observation is `obs`."""
         self.obs, reward, terminated, truncated, _ = self.env.step(action)
-        self.actions.append(action)
         self.rewards.append(float(reward))
         return terminated, terminated or truncated
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"episode": self.episode, "actions": torch.as_tensor(np.array(self.actions))}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.episode = saved["episode"] - 1
-        self.start()
-        for action in saved["actions"].numpy():
-            self.step(action)
-
 
 # ---------------------------------------------------------------------------------------------------------------- Data
-TASKS = {  # agent: Gymnasium environment, D4RL's returns of a random and of an expert policy
-    "hopper": ("Hopper-v4", (-20.272305, 3234.3)),
-    "walker2d": ("Walker2d-v4", (1.629008, 4592.3)),
-    "halfcheetah": ("HalfCheetah-v4", (-280.178953, 12135.0)),
-    "ant": ("Ant-v4", (-325.6, 3879.7)),
-}
-LEVELS = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
-D4RL_IDS = [f"{agent}-{level}-v2" for agent in TASKS for level in LEVELS]
-MINI_IDS = [f"{agent}-{level}-mini" for agent in ("hopper", "walker2d", "halfcheetah") for level in LEVELS[1:4]]
+# Presets of the families of D4RL's and Minari's ids
+LOCOMOTION: dict[str, Any] = {}
+SPARSE: dict[str, Any] = {"reward_transform": "min-max"}
+ANTMAZE: dict[str, Any] = {"reward_transform": "minus-one"}
 # The defaults, for D4RL's ids, are the published code's sizes where no comment says otherwise.
 # The small sets are ours, and so are their settings: found by trying on Hopper, for half an hour on a CPU.
 MINI: dict[str, Any] = {
@@ -784,134 +697,172 @@ MINI: dict[str, Any] = {
     "energy_width": 128, "energy_batch": 128, "pool": 5_000,
     "eval_every": 250, "eval_episodes": 5, "log_every": 250, "save_every": 5_000,
 }  # fmt: skip
-
-
-def find_preset(env_id: str) -> dict[str, Any]:
-    """Settings of a data set."""
-    return MINI if env_id in MINI_IDS else {}
-
-
+TASKS: dict[str, Any] = {  # agent: preset, environment, its options, D4RL's returns of a random and an expert policy
+    "hopper": (LOCOMOTION, "Hopper-v4", {}, (-20.272305, 3234.3)),
+    "walker2d": (LOCOMOTION, "Walker2d-v4", {}, (1.629008, 4592.3)),
+    "halfcheetah": (LOCOMOTION, "HalfCheetah-v4", {}, (-280.178953, 12135.0)),
+    "ant": (LOCOMOTION, "Ant-v4", {"use_contact_forces": True}, (-325.6, 3879.7)),  # D4RL's 111 dimensions
+    "pen": (SPARSE, "gymnasium_robotics:AdroitHandPen-v1", {"max_episode_steps": 100}, (96.262799, 3076.833102)),
+    "door": (SPARSE, "gymnasium_robotics:AdroitHandDoor-v1", {}, (-56.512833, 2880.569309)),
+    "hammer": (SPARSE, "gymnasium_robotics:AdroitHandHammer-v1", {}, (-274.856578, 12794.134825)),
+    "relocate": (SPARSE, "gymnasium_robotics:AdroitHandRelocate-v1", {}, (-6.425911, 4233.877798)),
+    "antmaze": (ANTMAZE, None, {}, None),  # the environments of D4RL's data are not those of today
+    "kitchen": (SPARSE, None, {}, None),
+}
+LEVELS = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
+D4RL = {  # id: folder and file
+    f"{agent}-{level}-v2": f"gym_mujoco_v2/{agent}_{level.replace('-', '_')}-v2.hdf5"
+    for agent, level in itertools.product(("hopper", "walker2d", "halfcheetah", "ant"), LEVELS)
+}
+for agent, level in itertools.product(("pen", "door", "hammer", "relocate"), ("human", "cloned", "expert")):
+    D4RL[f"{agent}-{level}-v1"] = f"hand_dapg_v1/{agent}-{level}-v1.hdf5"
 D4RL_URLS = (
-    "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/",
+    "http://rail.eecs.berkeley.edu/datasets/offline_rl/",
     "https://huggingface.co/datasets/imone/D4RL/resolve/main/",  # a mirror
 )
+MINI_IDS = [f"{agent}-{level}-mini" for agent in ("hopper", "walker2d", "halfcheetah") for level in LEVELS[1:4]]
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-Columns = dict[str, np.ndarray]  # by KEYS, each (N, ...)
+Columns = dict[str, np.ndarray]  # by KEYS and "ends", each (N, ...)
 
 
-def read_minari(env_id: str) -> tuple[Columns, Callable[..., gym.Env], tuple | None]:
-    """Columns, environment and reference returns of a Minari set; Dict observations flattened in sorted key order."""
+def find_preset(given: Args) -> dict[str, Any]:
+    """Settings of a data set, by its id or its family's."""
+    name = re.sub(r"^\w+/|-v\d+$", "", given.env_id).replace("/", "-")  # Minari's D4RL/antmaze/umaze-v1 too
+    return MINI if given.env_id in MINI_IDS else TASKS.get(name.split("-")[0], ({},))[0]
+
+
+def flatten(obs: Any, rows: int) -> np.ndarray:
+    """Observations as (rows, S); dictionaries in sorted key order."""
+    if isinstance(obs, dict):
+        return np.concatenate([flatten(obs[key], rows) for key in sorted(obs)], axis=1)
+    return np.reshape(obs, (rows, -1))
+
+
+def read_minari(env_id: str) -> tuple[Columns, Callable, tuple | None]:
+    """Columns, environment and reference returns of a Minari set."""
     import minari  # pip install 'minari[all]'
 
-    def flat(obs: Any, rows: int) -> np.ndarray:
-        if isinstance(obs, dict):
-            return np.concatenate([flat(obs[key], rows) for key in sorted(obs)], axis=1)
-        return obs.reshape(rows, -1)
-
-    def make_env(**options: Any) -> gym.Env:
-        box = gym.spaces.Box(-np.inf, np.inf, columns["observations"].shape[1:])
-        env = dataset.recover_environment(eval_env=True, **options)
-        return gym.wrappers.TransformObservation(env, lambda obs: flat(obs, 1)[0], box)
-
     dataset, episodes = minari.load_dataset(env_id, download=True), []
+    meta = dataset.storage.metadata
+    if meta.get("eval_env_spec") not in (None, meta.get("env_spec")):
+        say(f"note: {env_id} is evaluated in an environment of its own, not in the one of its data")
     for e in dataset.iterate_episodes():
-        obs, ends = flat(e.observations, len(e.rewards) + 1), e.terminations | e.truncations
-        ends[-1] = True  # an episode may end with neither flag
-        episodes.append((obs[:-1], e.actions, e.rewards, e.terminations, ends & ~e.terminations, obs[1:]))
+        obs, timeouts = flatten(e.observations, len(e.rewards) + 1), e.truncations & ~e.terminations
+        timeouts[-1] = not e.terminations[-1]  # an episode may end with neither flag
+        episodes.append((obs[:-1], e.actions, e.rewards, e.terminations, timeouts, obs[1:]))
     columns = dict(zip(KEYS, map(np.concatenate, zip(*episodes, strict=True)), strict=True))
-    reference = tuple(dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
-    return check(columns), make_env, None if None in reference else reference
+    reference = (meta.get("ref_min_score"), meta.get("ref_max_score"))
+    return columns, partial(dataset.recover_environment, eval_env=True), None if None in reference else reference
 
 
-def download_d4rl(name: str) -> Path:
-    """Path of a D4RL file in D4RL_DATASET_DIR (default ~/.d4rl/datasets), downloaded where it is missing."""
-    import pooch
+def read_hdf5(args: Args) -> Columns:
+    """Columns of --dataset-path, a bundled file, or D4RL's in D4RL_DATASET_DIR, downloaded where it is missing."""
+    path = Path(args.dataset_path or Path(__file__).with_name("datasets") / f"{args.env_id}.hdf5")
+    if args.env_id in D4RL and not args.dataset_path:
+        path = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl/datasets"), Path(D4RL[args.env_id]).name)
+        for url in (D4RL_URLS[0] + D4RL[args.env_id], D4RL_URLS[1] + path.name):
+            with suppress(OSError):  # those of requests are OSErrors
+                pooch.retrieve(url, None, path.name, path.parent)  # nothing where the file exists
+    if not path.is_file():
+        raise OSError(f"{path} is missing: download it, or copy datasets/ of this script's repository")
+    with h5py.File(path, "r", locking=False) as file:  # some file systems have no locks
+        columns = {key: np.asarray(file[key]) for key in KEYS if key in file}
+        for key in file.keys() & {"episode_terminals", "truncations", "truncated"}:  # timeouts of other tools
+            columns.setdefault("timeouts", np.ravel(file[key]) > np.ravel(file["terminals"]))
+    return columns
 
-    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
-    for url in D4RL_URLS:
-        with suppress(OSError):  # those of requests are OSErrors
-            return Path(pooch.retrieve(url + name, None, name, folder))
-    raise OSError(f"cannot be downloaded from {', '.join(D4RL_URLS)}; put {name} into {folder}")
 
-
-def check(columns: Columns) -> Columns:
-    """The columns, if they can be trained on; else ValueError."""
+def check(columns: Columns) -> None:
+    """Bring columns into shape; add "ends", the last rows of episodes. ValueError: they cannot be trained on."""
     if missing := [key for key in KEYS[:4] if key not in columns]:
         raise ValueError(f"has no {', '.join(missing)}")
     if not columns.keys() & {"timeouts", "next_observations"}:
         raise ValueError("needs timeouts or next_observations, to tell which rows follow each other")
-    n, obs_dim = columns["rewards"].size, columns["observations"].shape[-1]
+    n, widths = columns["rewards"].size, {key: columns[key].shape[-1:] for key in ("observations", "actions")}
     for key, column in columns.items():
-        width = column.shape[-1] if key == "actions" else obs_dim
-        shape = (n, width) if key in ("observations", "actions", "next_observations") else (n,)
+        shape, flag = (n, *widths.get(key.removeprefix("next_"), ())), key in ("terminals", "timeouts")
         if column.shape not in (shape, (*shape, 1)):
             raise ValueError(f"{key} has shape {column.shape}, expected {shape}")
-        columns[key] = column = column.reshape(shape)
-        bound = {"actions": 1.001, "terminals": 1, "timeouts": 1}.get(key, 1e8)
-        if column.dtype.kind not in "fiub" or not (np.abs(column.astype(np.float64)) <= bound).all():
-            raise ValueError(f"{key} has values that are not finite numbers up to {bound:g}")
+        valid = np.isin(column, (0, 1)) if flag else column.dtype.kind in "fiub" and np.abs(column) < np.float32(1e8)
+        if not np.all(valid):
+            raise ValueError(f"{key} has values that are not {'0 or 1' if flag else 'finite numbers up to 1e8'}")
+        columns[key] = column.reshape(shape).astype(bool if flag else column.dtype)
     if columns["terminals"].mean() > 0.5:
         say("warning: more than half of the rows are terminal. Are they masks, 1 where an episode goes on?", sys.stderr)
-    return columns
+    if "timeouts" not in columns:  # as d4rl.qlearning_dataset returns them
+        follows = np.isclose(columns["next_observations"], np.roll(columns["observations"], -1, axis=0), atol=1e-6)
+        columns["timeouts"], columns["ends"] = np.zeros(n, bool), ~np.all(follows, axis=1)
+    columns["ends"] = columns["terminals"] | columns.get("ends", columns["timeouts"])
 
 
-def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple | None]:
-    """Columns, evaluation environment, and reference returns of --env-id; exit 2 if unusable."""
-    gym_id, options, make_env, reference = args.env_id, {}, None, None
-    if known := args.env_id in D4RL_IDS + MINI_IDS:
-        gym_id, reference = TASKS[args.env_id.split("-")[0]]
-        options = {"use_contact_forces": True} if gym_id == "Ant-v4" else {}  # D4RL's 111 dimensions
+def load_task(args: Args) -> tuple[Columns, Callable | None, tuple | None]:
+    """Columns, environment and reference returns of --env-id, both with actions in [-1, 1]; exit 2 if unusable."""
+    _, gym_id, options, reference = TASKS.get(args.env_id.split("-")[0], ({}, args.env_id, {}, None))
+    make: Callable = partial(gym.make, gym_id, **options)
+    hint = ""
+    warnings.filterwarnings("ignore", ".*(out of date|GLFW|X11)")  # D4RL's tasks are of version 4
+
+    def make_env(**options: Any) -> Any:
+        env: Any = gym.wrappers.RescaleAction(make(**options), np.float32(-1), np.float32(1))
+        space = gym.spaces.flatten_space(env.observation_space)
+        env = gym.wrappers.TransformObservation(env, lambda obs: flatten(obs, 1)[0], space)
+        return gym.wrappers.TimeLimit(env, env.spec.max_episode_steps or longest)  # of the data's episodes
+
     try:
         if "/" in args.env_id and not args.dataset_path:
-            return read_minari(args.env_id)
-        with suppress(gym.error.Error, ImportError):
-            if ":" in gym_id:  # module:Env-v0
-                importlib.import_module(gym_id.split(":")[0])
-            make_env = partial(gym.make, gym.spec(gym_id.split(":")[-1]), **options)
-        if not known and not (args.dataset_path and (make_env or not args.eval_episodes)):
-            close = difflib.get_close_matches(args.env_id, [*MINI_IDS, *D4RL_IDS, *gym.registry], cutoff=0)
-            raise ValueError(f"neither data nor, with --dataset-path, an environment; close: {', '.join(close)}")
-        path: Any = args.dataset_path or Path(__file__).parent / "datasets" / f"{args.env_id}.hdf5"
-        if args.env_id in D4RL_IDS and not args.dataset_path:
-            path = download_d4rl(args.env_id[:-3].replace("-", "_") + "-v2.hdf5")
-        if not Path(path).is_file():
-            raise OSError(f"{path} is missing. Bundled files are in datasets/ of this script's repository")
-        with h5py.File(path, "r", locking=False) as file:  # some file systems have no locks
-            columns = {key: np.asarray(file[key]) for key in KEYS if key in file}
-        return check(columns), make_env, reference
+            columns, make, reference = read_minari(args.env_id)
+        else:
+            columns = read_hdf5(args)
+        check(columns)
+        longest = int(np.diff(np.flatnonzero(columns["ends"]), prepend=-1, append=len(columns["ends"]) - 1).max())
+        evaluated = gym_id and args.eval_episodes
+        if evaluated:
+            hint = (
+                "; Adroit, AntMaze and kitchen need gymnasium-robotics, kitchen also mujoco<3.12, MUJOCO_GL its library"
+            )
+            env = make_env()
+            shapes, hint = (env.observation_space.shape, env.action_space.shape), ""
+            if shapes != (columns["observations"].shape[1:], columns["actions"].shape[1:]):
+                raise ValueError(f"{env.spec.id} has shapes {shapes} of observations and actions, the data have others")
+            low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+            columns["actions"] = (columns["actions"] - (high + low) / 2) / ((high - low) / 2)
+        elif gym_id is None:
+            say(f"note: no evaluation: today's environments differ from that of {args.env_id}")
+        beyond = (np.abs(columns["actions"]) > 1.001).mean()
+        if beyond and not evaluated:
+            raise ValueError("actions are not in [-1, 1], and no environment tells their range")
     except Exception as error:  # a damaged file, the network, Minari: each raises its own
-        fail(f"{args.dataset_path or args.env_id}: {str(error) or repr(error)}")
+        close = difflib.get_close_matches(args.env_id, [*MINI_IDS, *D4RL, *gym.registry])
+        hint += f"; close ids: {', '.join(close)}" if close and args.env_id not in close else ""
+        fail(f"{args.dataset_path or args.env_id}: {str(error) or repr(error)}{hint}")
+    if beyond:
+        say(f"warning: {beyond:.1%} of the actions are out of the environment's range and are clipped", sys.stderr)
+    return columns, make_env if evaluated else None, reference
 
 
 def make_transitions(columns: Columns, args: Args) -> tuple[np.ndarray, dict[str, Any]]:
-    """Rows [s, a, s', r, mask] of D4RL's qlearning_dataset, (N, S+A+S+2) float32, and the transform they went through.
-
-    Timeout rows and the last row are dropped, terminal rows kept; mask is 0 on terminal rows, else 1. Networks see
-    observations as (s - mean) / std and rewards as scale (r + shift).
-    """
-    obs, r, terminals = columns["observations"], columns["rewards"].astype(np.float64), columns["terminals"] > 0
-    timeouts = columns.get("timeouts", np.zeros(len(r))) > 0
-    next_obs = columns.get("next_observations", np.roll(obs, -1, axis=0))
-    ends = terminals | timeouts  # the last rows of episodes
-    if "timeouts" not in columns:  # as d4rl.qlearning_dataset returns them
-        ends |= ~np.isclose(next_obs, np.roll(obs, -1, axis=0), atol=1e-6).all(1)
-    keep = ~timeouts & (np.arange(len(r)) < len(r) - 1)
+    """Float32 rows [s, a, s', r, mask] of D4RL's qlearning_dataset; transform (s - mean) / std, scale (r + shift)."""
+    obs, r = columns["observations"], columns["rewards"].astype(np.float64)
+    keep = ~columns["timeouts"]  # terminal rows are kept, with a mask of 0
+    keep[-1:] = False
     if not keep.any():
         fail("the data hold no transition: timeout rows and the last one do not count")
-    if args.reward_transform == "return-range":
-        returns = np.add.reduceat(r, np.flatnonzero(np.append(True, ends[:-1])))
-        spread = np.ptp(returns)  # equal but for rounding: as they are
-        shift, scale = 0.0, 1_000 / spread if spread > 1e-6 * np.abs(returns).max() else 1.0
-    elif args.reward_transform == "min-max":
-        shift, scale = -(r.min() + r.max()) / 2, 2 / max(np.ptp(r), 1e-6)
-    else:
-        shift, scale = {"none": (0.0, 1.0), "minus-one": (-1.0, 1.0), "times-four": (-0.5, 4.0)}[args.reward_transform]
+    returns = np.add.reduceat(r, np.flatnonzero(np.append(True, columns["ends"][:-1])))
+    spread = np.ptp(returns)  # equal but for rounding: as they are
+    shift, scale = {
+        "none": (0.0, 1.0),
+        "return-range": (0.0, 1_000 / spread if spread > 1e-6 * np.abs(returns).max() else 1.0),
+        "minus-one": (-1.0, 1.0),
+        "times-four": (-0.5, 4.0),
+        "min-max": (-(r.min() + r.max()) / 2, 2 / max(np.ptp(r), 1e-6)),
+    }[args.reward_transform]
     mean, std = np.zeros(obs.shape[1]), np.ones(obs.shape[1])
     if args.normalize_observations:
         mean, std = obs.mean(0, dtype=np.float64), obs.std(0, dtype=np.float64).clip(1e-3)
+    next_obs = columns.get("next_observations", np.roll(obs, -1, axis=0))
     actions = columns["actions"].clip(-0.999, 0.999)  # as the official code
-    parts = ((obs - mean) / std, actions, (next_obs - mean) / std, (scale * (r + shift))[:, None], ~terminals[:, None])
-    transitions = np.concatenate([part[keep].astype(np.float32) for part in parts], axis=1)
+    parts = ((obs - mean) / std, actions, (next_obs - mean) / std, scale * (r + shift), ~columns["terminals"])
+    transitions = np.column_stack([part[keep].astype(np.float32) for part in parts])
     return transitions, {"mean": mean.tolist(), "std": std.tolist(), "shift": float(shift), "scale": float(scale)}
 
 
@@ -929,60 +880,25 @@ def returns_to_go(r: np.ndarray, terminals: np.ndarray, ends: np.ndarray, gamma:
     return returns
 
 
-def data_returns(columns: Columns, r: np.ndarray, gamma: float) -> np.ndarray:
-    """Returns to go of transformed rewards r (N,), of the rows that make_transitions keeps."""
-    obs, terminals = columns["observations"], columns["terminals"] > 0
-    timeouts = columns.get("timeouts", np.zeros(len(r))) > 0
-    ends = terminals | timeouts
-    if "timeouts" not in columns:
-        ends |= ~np.isclose(columns["next_observations"], np.roll(obs, -1, axis=0), atol=1e-6).all(1)
-    keep = ~timeouts & (np.arange(len(r)) < len(r) - 1)
-    return returns_to_go(r, terminals, ends, gamma, bool(r.min() < 0))[keep]
-
-
 # ---------------------------------------------------------------------------------------------------------- Evaluation
-def make_envs(make_env: Callable[..., gym.Env], args: Args, obs_dim: int, act_dim: int, videos: Path) -> list[gym.Env]:
-    """One environment per evaluation episode, which must fit the data; with --capture-video the first is recorded."""
-    try:
-        envs = [make_env() for _ in range(args.eval_episodes)]
-        if args.capture_video:  # without a display set MUJOCO_GL=egl or MUJOCO_GL=osmesa
-            prefix = f"from-{time.time_ns() // 1_000_000}"  # not over older ones
-            env = make_env(render_mode="rgb_array")
-            envs[0] = gym.wrappers.RecordVideo(env, str(videos), lambda _: True, name_prefix=prefix)
-            envs[0].reset()
-    except Exception as error:  # a dependency of the environment, or of rendering
-        fail(f"environment of {args.env_id}: {error!r}")
-    expected = gym.spaces.Box(-1, 1, (act_dim,), np.float32)
-    if envs and (envs[0].observation_space.shape != (obs_dim,) or envs[0].action_space != expected):
-        fail(f"{envs[0]} does not fit the data ({obs_dim} observations, {act_dim} actions in [-1, 1])")
-    return envs
-
-
-def evaluate(act: Callable, envs: list[gym.Env], seeds: list[int], stop: list[int]) -> dict[str, np.ndarray]:
-    """One episode per environment, side by side; act maps observations (n, S) to actions. {} once `stop` fills."""
-    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
-    found = {"episodic_return": np.zeros(len(envs)), "episodic_length": np.zeros(len(envs))}
-    running = list(range(len(envs)))
-    while running and not stop:
-        actions = act(obs)  # of finished episodes too: shapes do not change
-        for i in list(running):
-            obs[i], reward, terminated, truncated, info = envs[i].step(actions[i])
-            found["episodic_return"][i] += reward
-            found["episodic_length"][i] += 1
-            for key in info.keys() & {"success", "is_success"}:  # Adroit, AntMaze: reached at any step
-                success = found.setdefault("success", np.zeros(len(envs)))
-                success[i] = max(success[i], info[key])
-            if terminated or truncated:
-                running.remove(i)
+def evaluate(act: Callable, envs: Any, seeds: list[int], stop: list[int]) -> dict[str, np.ndarray]:
+    """The first episode of each environment; act maps observations (n, S) to actions (n, A). {} once `stop` fills."""
+    obs, _ = envs.reset(seed=seeds)
+    found: dict[str, Any] = {"episodic_return": 0.0, "episodic_length": 0.0}
+    running = np.ones(len(seeds), bool)
+    while running.any() and not stop:
+        obs, reward, terminated, truncated, info = envs.step(act(obs))
+        found["episodic_return"] += running * reward
+        found["episodic_length"] += running
+        for key in info.keys() & {"success", "is_success"}:  # Adroit, AntMaze: reached at any step
+            found["success"] = np.maximum(found.get("success", 0.0), running * info[key])
+        running &= ~(terminated | truncated)
     return {} if stop else found
 
 
 # -------------------------------------------------------------------------------------------------- Speed, checkpoints
 class Graphed:
-    """A function without arguments as a CUDA graph: three calls as they are, the fourth is captured, then replayed.
-
-    Nothing in it may depend on a number that changes between calls. The next call overwrites its result.
-    """
+    """A function as a CUDA graph. No number of Python in it may change. Each call overwrites the last result."""
 
     def __init__(self, function: Callable, *generators: torch.Generator) -> None:
         self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
@@ -995,9 +911,9 @@ class Graphed:
         if self.calls < 4:  # on a stream of its own, as a capture needs it
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                result = self.function()
+                self.result = self.function()
             torch.cuda.current_stream().wait_stream(self.stream)
-            return result
+            return self.result
         if self.calls == 4:
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.result = self.function()
@@ -1036,7 +952,7 @@ def parse_args(argv: list[str]) -> Args:
     """Command line, else the checkpoint to resume, else the preset of the data set, else the default."""
     given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
     saved = load_checkpoint(given.resume)["args"] if given.resume else {}
-    preset = find_preset(given.env_id)
+    preset = find_preset(given)
     about = f"{Args.__doc__} Defaults from the preset of {given.env_id}: {preset or 'none'}."
     default = Args(**(preset | {"env_id": given.env_id} | saved | {"resume": given.resume}))
     return tyro.cli(Args, args=argv, default=default, description=about)
@@ -1053,7 +969,7 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
 
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
+        device = torch.zeros(1, device=args.device.replace("auto", auto)).device
     except Exception as error:  # every backend has its own kind
         fail(f"--device {args.device}: {error}")
     torch.set_num_threads(args.num_threads)
@@ -1065,48 +981,59 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
 
     # Data and environments
     saved = load_checkpoint(args.resume) if args.resume else {}
-    columns, make_env, reference = load_task(args)
+    columns, make_env, reference = load_task(replace(args, eval_episodes=max(args.eval_episodes, 1)))
     if make_env is None:
         fail(f"no environment is known for {args.env_id}: the online phase needs one")
     transitions, transform = make_transitions(columns, args)
     digest = hashlib.sha256(transitions.tobytes()).hexdigest()
-    if saved and saved["data"] != digest:
+    if saved.get("data", digest) != digest:
         fail("the data are not those that the resumed run was trained on")
-    if saved and saved["step"] > args.num_updates:
-        fail(f"--online-steps {args.online_steps}: the run is at update {saved['step']} already")
     fixed = ["offline_updates", "gamma", "denoiser_width", "denoiser_layers", "energy_width"]
-    fixed += ["samples"] if saved and saved["step"] > args.offline_updates else []
     for name in fixed if saved else ():  # online, other arguments may be new: many runs can share one offline agent
         if getattr(args, name) != saved["args"][name]:
             fail(f"--{name.replace('_', '-')} cannot change on resume; the run has {saved['args'][name]}")
     obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
     D = 2 * obs_dim + act_dim  # of (s, a, s')
     rewards = transform["scale"] * (columns["rewards"].astype(np.float64) + transform["shift"])
-    returns, negative = data_returns(columns, rewards, args.gamma), bool(rewards.min() < 0)
-    data = torch.as_tensor(np.column_stack([transitions, returns]), dtype=torch.float32, device=device)
+    negative = bool(rewards.min() < 0)
+    returns = returns_to_go(rewards, columns["terminals"], columns["ends"], args.gamma, negative)
+    kept = np.append(~columns["timeouts"][:-1], False)  # by make_transitions
+    data = torch.as_tensor(np.column_stack([transitions, returns[kept]]), dtype=torch.float32, device=device)
     # Without next_observations, the next state of a terminal row is not the environment's
     diffused = data if "next_observations" in columns else data[data[:, D + 1] > 0]
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}")
-    folder = Path(args.resume or Path(args.runs_dir, name)).resolve()
-    only = replace(args, eval_episodes=1, capture_video=False)
-    envs, online_envs = (make_envs(make_env, a, obs_dim, act_dim, folder / "videos") for a in (args, only))
-    for env in envs + online_envs:
-        exits.callback(env.close)  # which writes the last video
+    folder = Path(args.resume if args.resume and not args.eval_only else Path(args.runs_dir, name)).resolve()
+    envs: Any = gym.vector.SyncVectorEnv([make_env] * args.eval_episodes) if args.eval_episodes else None
+    online_env = make_env(**{"eval_env": False} if "/" in args.env_id and not args.dataset_path else {})  # the data's
+    for closable in (envs, online_env) if envs else (online_env,):
+        exits.callback(closable.close)  # which writes the last video
+    if envs and args.capture_video:
+        name = f"from-{time.time_ns() // 1_000_000}"  # not over older ones
+        try:
+            env = make_env(render_mode="rgb_array")
+            envs.envs[0] = gym.wrappers.RecordVideo(env, str(folder / "videos"), lambda _: True, name_prefix=name)
+            envs.envs[0].reset()
+        except Exception as error:
+            fail(f"--capture-video: {error!r}; without a display set MUJOCO_GL=egl or MUJOCO_GL=osmesa")
 
-    # Networks, optimisers, update, buffers
+    # Networks, optimisers, update, online and synthetic transitions
     networks = {name: network.to(device) for name, network in make_networks(obs_dim, act_dim, args).items()}
     update, optimizers = make_update(args, networks)
     edm, coordinates, actor = EDM(args, device), Coordinates(diffused[:, :D], obs_dim), networks["actor"]
-    online = Buffer(args.online_steps + 1, data.shape[1], device)
-    synthetic = Buffer(args.samples, data.shape[1], device)
-    interaction = Interaction(online_envs[0], args.seed)
     state = networks | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
-    state |= {"online": online, "synthetic": synthetic, "interaction": interaction}
     for name, part in state.items() if saved else ():
         if "optimizer" in name:  # options of this device
             saved[name]["param_groups"] = part.state_dict()["param_groups"]
         part.load_state_dict(saved[name])
-    step, evaluations, seconds = saved.get("step", 0), saved.get("evaluations", {}), saved.get("seconds", 0.0)
+    step, seconds = saved.get("step", 0), saved.get("seconds", 0.0)
+    count = max(step - args.offline_updates, 0)  # of transitions in `online`
+    online = torch.zeros(args.online_steps, data.shape[1], device=device)
+    online[:count] = saved.get("online", data[:0])
+    synthetic = saved.get("synthetic", torch.zeros(0, data.shape[1])).to(device)
+    episode, length = saved.get("interaction", (0, 0))
+    actions = online[count - length : count, obs_dim : obs_dim + act_dim].cpu().numpy()
+    interaction = Interaction(online_env, args.seed, episode, actions)
+    evaluations, logged = ({}, 0) if args.eval_only else (saved.get("evaluations", {}), saved.get("logged", 0))
     generative = args.augmentation in ("edis", "synther")
     if generative and 0 < args.online_steps <= args.first_round:
         say(f"warning: no synthetic data: --first-round {args.first_round} is past --online-steps", sys.stderr)
@@ -1116,28 +1043,28 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
 
     @torch.no_grad()
     def interact() -> None:
-        """One step of the policy in the environment, into the online buffer."""
+        """One step of the policy in the environment, into row `count` of the online transitions."""
         s = observe(interaction.obs)
         a = actor(s[None], torch.randn(1, act_dim, device=device))[0][0].clamp(-0.999, 0.999)
         terminated, end = interaction.step(a.cpu().numpy())
         rewards = transform["scale"] * (np.array(interaction.rewards) + transform["shift"])
         tail = torch.tensor([rewards[-1], 1.0 - terminated, -math.inf], dtype=torch.float32, device=device)
-        online.add(torch.cat([s, a, observe(interaction.obs), tail])[None])
+        online[count] = torch.cat([s, a, observe(interaction.obs), tail])
         if end:
-            n, ends = len(rewards), np.arange(len(rewards)) == len(rewards) - 1
-            returns = returns_to_go(rewards, ends & terminated, ends, args.gamma, negative)
-            online.rows[online.count - n : online.count, -1] = torch.as_tensor(returns).to(online.rows)
-            log({"charts/online_return": sum(interaction.rewards), "charts/online_length": float(n)})
-            interaction.start()
+            n = len(rewards)
+            returns = returns_to_go(rewards, np.full(n, terminated), np.zeros(n, bool), args.gamma, negative)
+            online[count + 1 - n : count + 1, -1] = torch.as_tensor(returns)
+            log({"charts/online_return": sum(interaction.rewards), "charts/online_length": float(n)}, {})
+            interaction.start(interaction.episode + 1)
 
     batch = torch.zeros(args.batch_size, data.shape[1], device=device)  # one for all updates, as a CUDA graph needs it
-    s, a, next_s, r, mask, mc = batch.split([obs_dim, act_dim, obs_dim, 1, 1, 1], dim=1)
 
     def train(cql_alpha: float) -> dict[str, Tensor]:
-        return update(s, a, next_s, r[:, 0], mask[:, 0], mc[:, 0], cql_alpha)
+        s, a, next_s, tail = batch.split([obs_dim, act_dim, obs_dim, 3], dim=1)
+        return update(s, a, next_s, *tail.unbind(1), cql_alpha)
 
     trains: dict[float, Callable] = {alpha: partial(train, alpha) for alpha in (args.cql_alpha, args.cql_alpha_online)}
-    observed = torch.zeros(len(envs), obs_dim, device=device)
+    observed = torch.zeros(args.eval_episodes, obs_dim, device=device)
 
     @torch.no_grad()
     def select() -> Tensor:
@@ -1165,27 +1092,25 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True)
     about = {"args": vars(args), "data": digest, "torch": str(torch.__version__), "device": str(device)}
     about["commit"] = git.stdout.decode().strip()  # empty without git
-    (folder / f"args{f'-{step}' if step else ''}.json").write_text(json.dumps(about, indent=1) + "\n")
-    say("\n".join(f"  {name} = {value}" for name, value in vars(args).items()))
-    say(f"{folder}: {len(data)} transitions on {device}")
+    (folder / f"args{f'-{step}' if logged else ''}.json").write_text(json.dumps(about, indent=1) + "\n")
+    say("\n  ".join([f"{folder}: {len(data)} transitions on {device}", *(f"{n} = {v}" for n, v in vars(args).items())]))
     rows = exits.enter_context(open(folder / "metrics.jsonl", "a"))  # noqa: SIM115
-    rows.truncate(saved.get("logged", 0))  # what a killed run logged after its checkpoint
-    writer, tracker = SummaryWriter(str(folder), purge_step=step + 1), None
-    exits.callback(writer.close)
+    rows.truncate(logged)  # what a killed run logged after its checkpoint
+    writer, tracker = exits.enter_context(SummaryWriter(str(folder), purge_step=step + 1)), None
     if args.track:
         import wandb
 
-        options: dict[str, Any] = {"name": folder.name, "config": vars(args), "dir": str(folder.parent)}
-        try:  # a history of its own for each start
-            tracker = exits.enter_context(wandb.init(project=args.wandb_project, group=folder.name, **options))
+        options: dict[str, Any] = {"project": args.wandb_project, "name": folder.name, "config": vars(args)}
+        options["group"] = os.environ.get("WANDB_RUN_GROUP", folder.name)  # each start has a history of its own
+        try:
+            tracker = exits.enter_context(wandb.init(**options, dir=folder.parent))
         except Exception as error:  # no key, no network
             fail(f"--track: {error}; `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
     bar = exits.enter_context(tqdm(total=args.num_updates, initial=step, disable=not sys.stderr.isatty()))
 
-    def log(values: dict[str, Any]) -> None:
+    def log(numbers: dict[str, float], episodes: dict[str, list[float]]) -> None:
         """A row to metrics.jsonl; its numbers to TensorBoard, Weights & Biases and the terminal."""
-        print(json.dumps({"step": step, **values}), file=rows, flush=True)
-        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+        print(json.dumps({"step": step, **numbers, **episodes}), file=rows, flush=True)
         try:
             for name, value in numbers.items():
                 writer.add_scalar(name, value, step)
@@ -1193,10 +1118,10 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
                 tracker.log(numbers | {"global_step": step})
         except Exception as error:  # the file has everything
             say(f"warning: update {step} not logged to TensorBoard or Weights & Biases: {error!r}", sys.stderr)
-        names = [name for name in numbers if "charts/" in name or name in ("losses/diffusion_loss", "losses/q_mean")]
-        shown = ", ".join(f"{name.split('/')[1]} {numbers[name]:.4g}" for name in names)
+        told = ("charts/", "losses/diffusion_loss", "losses/q_mean")
+        shown = ", ".join(f"{n.split('/')[1]} {value:.4g}" for n, value in numbers.items() if n.startswith(told))
         bar.set_postfix_str(shown)
-        if bar.disable or "charts/episodic_return" in values:
+        if bar.disable or episodes:
             say(f"update {step}/{args.num_updates}: {shown}")
 
     stop: list[int] = []  # a signal that came; a second one ends the process at once
@@ -1221,23 +1146,26 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
 
     # Loop
     metrics: dict[str, Tensor] = {}
-    start, start_step = time.time(), step
+    start = time.perf_counter()
     while True:
-        last, stopping = step >= args.num_updates, bool(stop)  # a signal after this waits for the next save
-        evaluating = bool(envs) and step > 0 and (last or step % args.eval_every == 0)
+        last = args.eval_only or step >= args.num_updates
+        stopping = bool(stop)  # a signal after this waits for the next save
+        evaluating = envs and (last or step % args.eval_every == 0 < step)
         since = step - args.offline_updates - args.first_round
         due = generative and since >= 0 and since % args.round_every == 0 and not last
         saving = metrics and (last or stopping or evaluating or due or step % args.save_every == 0)
         if metrics and (saving or step % args.log_every == 0):
             values = {name: float(value) for name, value in metrics.items()}  # waits for the device
-            seconds += time.time() - start
-            log(values | {"charts/SPS": (step - start_step) / (time.time() - start)})
+            seconds += time.perf_counter() - start
+            log(values | {"charts/SPS": step / seconds}, {})
             if not all(map(math.isfinite, values.values())):
                 fail(f"diverged at update {step}; {folder} keeps the checkpoint before", code=3)
-            start, start_step = time.time(), step
+            start = time.perf_counter()
         if saving:  # before an evaluation, in which an environment may fail
             checkpoint = about | {name: part.state_dict() for name, part in state.items()} | {"step": step}
             checkpoint |= {"evaluations": evaluations, "seconds": seconds, "logged": rows.tell()}
+            checkpoint |= {"online": online[:count].clone(), "synthetic": synthetic}  # a view would save all its rows
+            checkpoint |= {"interaction": (interaction.episode, len(interaction.rewards))}
             checkpoint |= {"transform": transform, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
             with open(folder / "checkpoint.tmp", "wb") as file:  # beside, so that a kill or full disk spoils nothing
                 torch.save(checkpoint, file)
@@ -1245,15 +1173,16 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
                 os.fsync(file.fileno())
             os.replace(file.name, folder / "checkpoint.pt")
         if evaluating and not stopping:
-            seeds = np.random.default_rng([args.seed, step]).integers(2**31, size=len(envs)).tolist()
+            seeds = np.random.default_rng([args.seed, step]).integers(2**31, size=args.eval_episodes).tolist()
             if episodes := evaluate(act, envs, seeds, stop):
                 if reference:
                     worst, best = reference
                     episodes["normalized_score"] = 100 * (episodes["episodic_return"] - worst) / (best - worst)
-                evaluations[step] = {name: float(column.mean()) for name, column in episodes.items()}
+                for name, column in episodes.items():
+                    evaluations.setdefault(name, []).append(float(column.mean()))
                 each = {f"episodes/{name}": column.tolist() for name, column in episodes.items()}
-                log({f"charts/{name}": mean for name, mean in evaluations[step].items()} | each)
-            start = time.time()
+                log({f"charts/{name}": means[-1] for name, means in evaluations.items()}, each)
+            start = time.perf_counter()
         interruptible = due
         if stopping or (stop and (evaluating or due)):
             leave()
@@ -1261,33 +1190,34 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
             break
         if due:
             say(f"update {step}: a round, which trains the models and makes {args.samples} transitions")
-            seen, recent = torch.cat([diffused, online.rows[: online.count]]), min(args.positive_buffer, online.count)
-            synthetic.count = 0
-            made, found = make_round(args, edm, networks, coordinates, seen, recent)
-            synthetic.add(made)
-            log({name: float(value) for name, value in found.items()})
-            interruptible, start, start_step = False, time.time(), step
+            seen, recent = torch.cat([diffused, online[:count]]), min(args.positive_buffer, count)
+            synthetic, found = make_round(args, edm, networks, coordinates, seen, recent)
+            log({name: float(value) for name, value in found.items()}, {})
+            interruptible, start = False, time.perf_counter()
 
+        if step == args.offline_updates:
+            say(f"update {step}: from here on, the policy acts in the environment: one step per update")
         if step >= args.offline_updates:
             interact()
-        offline = step < args.offline_updates or online.count < args.batch_size
+            count += 1
+        offline = count < args.batch_size
         share = 0 if args.augmentation == "none" else args.synthetic_ratio
         n = args.batch_size if offline else round(share * args.batch_size)
-        if generative and not offline and synthetic.count:
-            batch[:n] = synthetic.sample(n)
-        else:  # real offline data, before the first round for edis and synther too
-            batch[:n] = data[torch.randint(len(data), (n,), device=device)]
+        # Real offline data until the first round, for edis and synther too
+        source = synthetic if generative and not offline and len(synthetic) else data
+        batch[:n] = source[torch.randint(len(source), (n,), device=device)]
         if not offline:
-            batch[n:] = online.sample(args.batch_size - n)
-        metrics = trains[args.cql_alpha if offline else args.cql_alpha_online]()
+            batch[n:] = online[torch.randint(count, (args.batch_size - n,), device=device)]
+        first, metrics = not metrics, trains[args.cql_alpha if offline else args.cql_alpha_online]()
         step += 1
         bar.update()
+        if first:  # speeds are told without the time to compile
+            start = time.perf_counter()
 
     result: dict[str, Any] = {"updates": step, "updates_per_second": step / max(seconds, 1e-9), "run_dir": str(folder)}
-    for key in ("episodic_return", "normalized_score", "success"):
-        if means := [evaluation[key] for evaluation in evaluations.values() if key in evaluation]:
-            last_10 = float(np.mean(means[-10:]))  # the paper's RAT; best is its OMS
-            result[key] = {"last": means[-1], "mean_of_last_10": last_10, "best": max(means), "evaluations": len(means)}
+    for name, means in evaluations.items():
+        last_10 = float(np.mean(means[-10:]))  # the paper's RAT; best is its OMS
+        result[name] = {"last": means[-1], "mean_of_last_10": last_10, "best": max(means), "evaluations": len(means)}
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     say(json.dumps(result, indent=1))
     return result

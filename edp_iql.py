@@ -1,11 +1,3 @@
-# /// script
-# requires-python = ">=3.10,<3.14"
-# dependencies = [
-#     "torch==2.13.0", "numpy==2.2.6", "gymnasium[mujoco]==1.4.0", "mujoco==3.17.0", "h5py==3.16.0", "pooch==1.9.0",
-#     "tyro==1.0.17", "tqdm==4.70.1", "tensorboard==2.21.0", "wandb==0.31.0", "moviepy==2.2.1",
-# ]
-# ///
-# uv installs PyTorch for CUDA. On a machine without a GPU: UV_TORCH_BACKEND=cpu uv pip install -r requirements.txt
 """EDP-IQL: an efficient diffusion policy trained by implicit Q-learning.
 
 Kang et al., Efficient Diffusion Policies for Offline RL, NeurIPS 2023, arXiv 2305.20081
@@ -14,20 +6,20 @@ Kostrikov et al., Offline RL with Implicit Q-Learning, 2021, arXiv 2110.06169 (t
     forward noising       a^k = sqrt(abar^k) a^0 + sqrt(1 - abar^k) epsilon                      Diffusion.add_noise
     action approximation  a_hat^0 = (a^k - sqrt(1 - abar^k) epsilon_theta) / sqrt(abar^k)        Diffusion.approximate
     diffusion loss        E ||epsilon - epsilon_theta(a^k, k; s)||^2                             make_update
-    weighted regression   E f ||a - a_hat^0||^2, or the ELBO weighted by f                       make_update
+    weighted regression   E f ||a - a_hat^0||^2, or a loss of epsilon_theta weighted by f        make_update
     weight                f_IQL = exp(beta (Q(s, a) - V(s)))                                     iql_weight
     V and Q               expectile regression of V on Q; Q on r + gamma V(s')                   value_loss, make_update
     sampler               DPM-Solver (Lu et al., 2022, arXiv 2206.00927)                         Diffusion.dpm_solver
     evaluation            one of N samples, drawn with probability ~ exp(Q(s, a))                select_actions
 
 Where this differs from the paper and from the official code (github.com/sail-sg/edp), a comment says so.
+Python 3.10 to 3.13; packages: pip install -r requirements.txt of this script's repository, github.com/OWNER/REPOSITORY.
 """
 
 import copy
 import ctypes
 import difflib
 import hashlib
-import importlib
 import itertools
 import json
 import math
@@ -37,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -47,9 +40,9 @@ from typing import Any, Literal, NoReturn
 import gymnasium as gym
 import h5py
 import numpy as np
+import pooch
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from tqdm import tqdm
@@ -78,6 +71,7 @@ class Args:
     """r; 1000 r / (best - worst return); r - 1 or 4 (r - 0.5) (AntMaze); r scaled to [-1, 1] (Adroit, kitchen)"""
     normalize_observations: bool = False  # shift and scale each dimension to mean 0 and deviation 1
     # evaluation
+    eval_only: bool = False  # only evaluate, with --resume a trained run, in a run folder of its own
     eval_every: int = 10_000  # updates between two evaluations
     eval_episodes: int = 10  # episodes per evaluation, all run side by side; 0: no evaluation
     eval_candidates: int = 50  # N, actions sampled per decision, of which Q selects one; 1: no selection
@@ -94,7 +88,8 @@ class Args:
     solver_order: Literal[1, 2, 3] = 3  # order of dpm-solver; 1 is DDIM
     diffusion_coef: float = 1.0  # coefficient of the diffusion (behaviour-cloning) loss
     guidance_coef: float = 1.0  # coefficient of the weighted regression
-    likelihood: Literal["mse", "elbo"] = "mse"  # weighted regression of a_hat^0, or of the noise
+    likelihood: Literal["mse", "elbo", "simple"] = "mse"
+    """weighted regression: of a_hat^0, of the noise as in the ELBO, or of the noise with weights of mean 1"""
     expectile: float = 0.7  # expectile of Q that V learns
     inverse_temperature: float = 3.0  # beta of the weights; 0: behaviour cloning. The paper has 1
     weight_cap: float = 100.0  # upper bound of the weights
@@ -106,16 +101,15 @@ class Args:
     """precision of float32 matrix products: highest, high (TF32) or medium (bfloat16)"""
 
     def __post_init__(self) -> None:
-        counts = "num_updates log_every save_every eval_every eval_candidates batch_size num_threads"
-        bounds: dict[str, Any] = dict.fromkeys(counts.split(), (1, 1e12))
-        bounds |= dict.fromkeys(("gamma", "tau", "expectile"), (0, 1))
-        bounds |= dict.fromkeys(("max_grad_norm", "diffusion_coef", "guidance_coef", "inverse_temperature"), (0, 1e12))
-        bounds |= {"seed": (0, 2**32), "eval_episodes": (0, 1e4), "lr": (1e-12, 1e3), "weight_cap": (1e-12, 1e30)}
-        # The last beta of the schedule is 20 / K, and must stay below 1
-        bounds |= {"diffusion_steps": (21, 1e5), "sampler_steps": (1, self.diffusion_steps)}
-        for name, (low, high) in bounds.items():
-            if not low <= getattr(self, name) <= high:  # NaN is not, either
-                fail(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], got {getattr(self, name)}")
+        free = "seed eval_episodes max_grad_norm diffusion_coef guidance_coef inverse_temperature gamma tau expectile"
+        for name, value in vars(self).items():
+            low: float = 0 if name in free.split() else 1 if type(value) is int else 1e-12
+            high: float = 1 if name in ("gamma", "tau", "expectile") else 1e12
+            if type(value) in (int, float) and not low <= value <= high:  # NaN is not, either
+                fail(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], got {value}")
+        # The last beta of the schedule is 20 / K, and must be below 1
+        if self.diffusion_steps < max(21, self.sampler_steps):
+            fail("--diffusion-steps must be at least 21, and at least --sampler-steps")
 
 
 # ------------------------------------------------------------------------------------------------------------ Networks
@@ -173,21 +167,14 @@ class Critic(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------- Diffusion
 class Diffusion:
-    """Noise schedule, forward noising, action approximation and samplers.
-
-    Tables are (K,) float32; step k of the paper, from 1 to K, is index k - 1. Actions lie in [-1, 1].
-    """
+    """Noise schedule, forward noising, action approximation, samplers. Step k of the paper is index k - 1 of (K,)."""
 
     def __init__(self, args: Args, device: torch.device) -> None:
         self.K, steps, order = args.diffusion_steps, args.sampler_steps, args.solver_order
-        k = np.arange(1, self.K + 1)
+        table, k = partial(torch.as_tensor, dtype=torch.float32, device=device), np.arange(1, self.K + 1)
         beta = np.linspace(0.1 / self.K, 20 / self.K, self.K)  # 1e-4 to 0.02 at K = 1000
         alpha_bar = np.cumprod(1 - beta)
         alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
-
-        def table(values: Any) -> Tensor:
-            return torch.as_tensor(values, dtype=torch.float32, device=device)
-
         self.sampler, self.k_index = args.sampler, table(k - 1)
         self.num_noises = self.K + 1 if self.sampler == "ddpm" else 1  # Gaussian vectors that one sample takes
         self.sqrt_alpha_bar = table(alpha_bar**0.5)
@@ -223,11 +210,9 @@ class Diffusion:
 
     def sample(self, policy: Policy, s: Tensor, noise: Tensor) -> Tensor:
         """Actions (B, A) for states (B, S), from Gaussian noise (num_noises, B, A)."""
-        if self.sampler == "dpm-solver":
-            return self.dpm_solver(policy, s, noise[0])
-        # Unrolled, many calls of the network would compile for minutes
-        return (torch.compiler.disable(self.ddpm) if self.K > 20 else self.ddpm)(policy, s, noise)
+        return self.dpm_solver(policy, s, noise[0]) if self.sampler == "dpm-solver" else self.ddpm(policy, s, noise)
 
+    @torch.compiler.disable  # unrolled, its K calls of the network would compile for minutes
     def ddpm(self, policy: Policy, s: Tensor, noise: Tensor) -> Tensor:
         """Ancestral sampling; noise (K + 1, B, A): a^K, then one per step."""
         a = noise[0]
@@ -251,29 +236,27 @@ class Diffusion:
             i += order
         return a
 
-    def dpm_solver_step(self, epsilon: Callable[[Tensor, int], Tensor], x: Tensor, i: int, order: int) -> Tensor:
+    def dpm_solver_step(self, epsilon: Callable, x: Tensor, i: int, order: int) -> Tensor:
         """x at t_i -> x at t_{i + order}, with `order` calls of epsilon(x, j), the noise at t_j."""
-        alpha, sigma, lambda_, j = self.alpha, self.sigma, self.lambda_, i + order
-        h = lambda_[j] - lambda_[i]
-        e0 = epsilon(x, i)
+        e0, alpha, sigma = epsilon(x, i), self.alpha[i:], self.sigma[i:]
+        h = [lambda_ - self.lambda_[i] for lambda_ in self.lambda_[i:]]  # r_1 h, r_2 h and h of the paper
+
+        def move(j: int, correction: Tensor | float = 0.0) -> Tensor:
+            return alpha[j] / alpha[0] * x - sigma[j] * (math.expm1(h[j]) * e0 + correction)
+
         if order == 1:  # DPM-Solver-1, which is DDIM
-            return alpha[j] / alpha[i] * x - sigma[j] * math.expm1(h) * e0
-        r1h = lambda_[i + 1] - lambda_[i]
-        u1 = alpha[i + 1] / alpha[i] * x - sigma[i + 1] * math.expm1(r1h) * e0
-        d1 = epsilon(u1, i + 1) - e0
+            return move(1)
+        d1 = epsilon(move(1), i + 1) - e0
         if order == 2:  # DPM-Solver-2
-            return alpha[j] / alpha[i] * x - sigma[j] * math.expm1(h) * (e0 + h / (2 * r1h) * d1)
-        r2h = lambda_[i + 2] - lambda_[i]  # DPM-Solver-3
-        u2 = alpha[i + 2] / alpha[i] * x - sigma[i + 2] * (math.expm1(r2h) * e0 + (math.expm1(r2h) - r2h) / r1h * d1)
-        d2 = epsilon(u2, i + 2) - e0
-        return alpha[j] / alpha[i] * x - sigma[j] * (math.expm1(h) * e0 + (math.expm1(h) - h) / r2h * d2)
+            return move(2, math.expm1(h[2]) * h[2] / (2 * h[1]) * d1)
+        d2 = epsilon(move(2, (math.expm1(h[2]) - h[2]) / h[1] * d1), i + 2) - e0  # DPM-Solver-3
+        return move(3, (math.expm1(h[3]) - h[3]) / h[2] * d2)
 
 
 # ----------------------------------------------------------------------------------------------------------- Algorithm
 def value_loss(v: Tensor, q: Tensor, expectile: float) -> Tensor:
     """Expectile regression of V (B,) on Q (B,): |expectile - 1(q < v)| (q - v)^2, IQL Eq. (5)."""
-    weight = torch.where(q > v, expectile, 1 - expectile)
-    return (weight * (q - v).square()).mean()
+    return (torch.where(q > v, expectile, 1 - expectile) * (q - v).square()).mean()
 
 
 def iql_weight(q: Tensor, v: Tensor, inverse_temperature: float, cap: float) -> Tensor:
@@ -303,8 +286,7 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
         s: Tensor, a: Tensor, next_s: Tensor, r: Tensor, mask: Tensor, count: Tensor, k: Tensor, epsilon: Tensor
     ) -> dict[str, Tensor]:
         # V: expectile regression on Q
-        with torch.no_grad():
-            q = critic_target.min(s, a)
+        q = critic_target.min(s, a)  # the target has no gradients
         v_loss = value_loss(value(s)[:, 0], q, args.expectile)
         metrics = {"losses/value_loss": v_loss.detach()}
         minimize("value", v_loss)
@@ -321,14 +303,16 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
         f = iql_weight(q, v, args.inverse_temperature, args.weight_cap)
         if args.likelihood == "mse":  # -log N(a; a_hat^0, I) up to a constant, as the official code
             guidance_loss = 0.5 * (f * (a - a_hat_0).square().sum(1)).mean()
-        else:
+        elif args.likelihood == "elbo":
             guidance_loss = (f * diffusion.elbo_weight[k] * error.sum(1)).mean()
+        else:  # not in the paper: DAWR (Ren et al. 2024, arXiv 2409.00588), with weights of mean 1
+            guidance_loss = (f / f.mean() * error.mean(1)).mean()
         policy_loss = args.diffusion_coef * diffusion_loss + args.guidance_coef * guidance_loss
 
         # Q: regression on r + gamma V(s'), IQL Eq. (6)
         target = r + args.gamma * mask * next_v
         q1, q2 = critic(s, a)
-        qf1_loss, qf2_loss = F.mse_loss(q1, target), F.mse_loss(q2, target)
+        qf1_loss, qf2_loss = nn.functional.mse_loss(q1, target), nn.functional.mse_loss(q2, target)
 
         # Detached before the gradients: where a loss is used after them, the compiler breaks the update into pieces
         losses = {"policy_loss": policy_loss, "diffusion_loss": diffusion_loss, "guidance_loss": guidance_loss}
@@ -359,21 +343,10 @@ def select_actions(
 
 
 # ---------------------------------------------------------------------------------------------------------------- Data
-TASKS = {  # agent: Gymnasium environment, D4RL's returns of a random and of an expert policy
-    "hopper": ("Hopper-v4", (-20.272305, 3234.3)),
-    "walker2d": ("Walker2d-v4", (1.629008, 4592.3)),
-    "halfcheetah": ("HalfCheetah-v4", (-280.178953, 12135.0)),
-    "ant": ("Ant-v4", (-325.6, 3879.7)),
-}
-LEVELS = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
-D4RL_IDS = [f"{agent}-{level}-v2" for agent in TASKS for level in LEVELS]
-MINI_IDS = [f"{agent}-{level}-mini" for agent in ("hopper", "walker2d", "halfcheetah") for level in LEVELS[1:4]]
 # Presets of the families of D4RL's and Minari's ids. Rewards and bounds of the gradient norm are the official code's.
 LOCOMOTION: dict[str, Any] = {"reward_transform": "return-range"}
 SPARSE: dict[str, Any] = {"reward_transform": "min-max", "num_updates": 1_000_000}
-FAMILIES = dict.fromkeys(("hopper", "walker2d", "halfcheetah", "ant"), LOCOMOTION)
-FAMILIES |= dict.fromkeys(("pen", "door", "hammer", "relocate", "kitchen"), SPARSE)
-FAMILIES["antmaze"] = SPARSE | {"reward_transform": "minus-one", "expectile": 0.9}
+ANTMAZE = SPARSE | {"reward_transform": "minus-one", "expectile": 0.9}
 CLIPS = {
     "halfcheetah-medium": 9, "halfcheetah-medium-replay": 2, "halfcheetah-medium-expert": 7,
     "hopper-medium": 9, "hopper-medium-replay": 4, "hopper-medium-expert": 5,
@@ -382,183 +355,200 @@ CLIPS = {
     "antmaze-large-play": 10, "antmaze-large-diverse": 7, "pen-human": 7, "pen-cloned": 8,
     "kitchen-complete": 9, "kitchen-partial": 10, "kitchen-mixed": 10,
 }  # fmt: skip
-# The small sets are ours, and so are their settings: found by trying on Hopper, for a run of minutes on a CPU. With
-# the paper's guidance_coef of 1, noise at high k and uneven weights drown the diffusion loss on so little data.
-MINI = LOCOMOTION | {
-    "num_updates": 20_000, "lr": 1e-3, "normalize_observations": True, "diffusion_steps": 100, "guidance_coef": 0.01,
-    "eval_every": 5_000, "eval_candidates": 10, "log_every": 250, "save_every": 2_500,
+# The small sets are ours, and so are their settings: found by trying on Hopper, for a run of minutes on a CPU.
+MINI: dict[str, Any] = {
+    "reward_transform": "return-range", "num_updates": 20_000, "lr": 1e-3, "normalize_observations": True,
+    "diffusion_steps": 100, "eval_every": 5_000, "eval_candidates": 10, "log_every": 250, "save_every": 2_500,
 }  # fmt: skip
+# With the paper's 1, noise at high k and uneven weights drown the diffusion loss on so little data.
+MINI["guidance_coef"] = 0.01
 # Hopper's medium policy is fast but falls after about 340 steps: only critics that look further ahead can tell.
 FAR_SIGHTED = {"gamma": 0.995, "tau": 0.05}
-
-
-def find_preset(env_id: str) -> dict[str, Any]:
-    """Settings of a data set, by its id or its family's."""
-    if env_id in MINI_IDS:
-        return MINI | (FAR_SIGHTED if "hopper-medium-" in env_id and "replay" not in env_id else {})
-    name = re.sub(r"^\w+/|-v\d+$", "", env_id).replace("/", "-")  # Minari's D4RL/antmaze/umaze-v1 too
-    clip = {"max_grad_norm": float(CLIPS[name])} if name in CLIPS else {}
-    return FAMILIES.get(name.split("-")[0], {}) | clip
-
-
+TASKS: dict[str, Any] = {  # agent: preset, environment, its options, D4RL's returns of a random and an expert policy
+    "hopper": (LOCOMOTION, "Hopper-v4", {}, (-20.272305, 3234.3)),
+    "walker2d": (LOCOMOTION, "Walker2d-v4", {}, (1.629008, 4592.3)),
+    "halfcheetah": (LOCOMOTION, "HalfCheetah-v4", {}, (-280.178953, 12135.0)),
+    "ant": (LOCOMOTION, "Ant-v4", {"use_contact_forces": True}, (-325.6, 3879.7)),  # D4RL's 111 dimensions
+    "pen": (SPARSE, "gymnasium_robotics:AdroitHandPen-v1", {"max_episode_steps": 100}, (96.262799, 3076.833102)),
+    "door": (SPARSE, "gymnasium_robotics:AdroitHandDoor-v1", {}, (-56.512833, 2880.569309)),
+    "hammer": (SPARSE, "gymnasium_robotics:AdroitHandHammer-v1", {}, (-274.856578, 12794.134825)),
+    "relocate": (SPARSE, "gymnasium_robotics:AdroitHandRelocate-v1", {}, (-6.425911, 4233.877798)),
+    "antmaze": (ANTMAZE, None, {}, None),  # the environments of D4RL's data are not those of today
+    "kitchen": (SPARSE, None, {}, None),
+}
+LEVELS = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
+D4RL = {  # id: folder and file
+    f"{agent}-{level}-v2": f"gym_mujoco_v2/{agent}_{level.replace('-', '_')}-v2.hdf5"
+    for agent, level in itertools.product(("hopper", "walker2d", "halfcheetah", "ant"), LEVELS)
+}
+for agent, level in itertools.product(("pen", "door", "hammer", "relocate"), ("human", "cloned", "expert")):
+    D4RL[f"{agent}-{level}-v1"] = f"hand_dapg_v1/{agent}-{level}-v1.hdf5"
 D4RL_URLS = (
-    "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/",
+    "http://rail.eecs.berkeley.edu/datasets/offline_rl/",
     "https://huggingface.co/datasets/imone/D4RL/resolve/main/",  # a mirror
 )
+MINI_IDS = [f"{agent}-{level}-mini" for agent in ("hopper", "walker2d", "halfcheetah") for level in LEVELS[1:4]]
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-Columns = dict[str, np.ndarray]  # by KEYS, each (N, ...)
+Columns = dict[str, np.ndarray]  # by KEYS and "ends", each (N, ...)
 
 
-def read_minari(env_id: str) -> tuple[Columns, Callable[..., gym.Env], tuple | None]:
-    """Columns, environment and reference returns of a Minari set; Dict observations flattened in sorted key order."""
+def find_preset(given: Args) -> dict[str, Any]:
+    """Settings of a data set, by its id or its family's."""
+    name = re.sub(r"^\w+/|-v\d+$", "", given.env_id).replace("/", "-")  # Minari's D4RL/antmaze/umaze-v1 too
+    preset = TASKS.get(name.split("-")[0], ({},))[0] | ({"max_grad_norm": float(CLIPS[name])} if name in CLIPS else {})
+    if given.env_id in MINI_IDS:
+        preset = MINI | (FAR_SIGHTED if re.search("hopper-medium-(mini|expert)", given.env_id) else {})
+    return preset
+
+
+def flatten(obs: Any, rows: int) -> np.ndarray:
+    """Observations as (rows, S); dictionaries in sorted key order."""
+    if isinstance(obs, dict):
+        return np.concatenate([flatten(obs[key], rows) for key in sorted(obs)], axis=1)
+    return np.reshape(obs, (rows, -1))
+
+
+def read_minari(env_id: str) -> tuple[Columns, Callable, tuple | None]:
+    """Columns, environment and reference returns of a Minari set."""
     import minari  # pip install 'minari[all]'
 
-    def flat(obs: Any, rows: int) -> np.ndarray:
-        if isinstance(obs, dict):
-            return np.concatenate([flat(obs[key], rows) for key in sorted(obs)], axis=1)
-        return obs.reshape(rows, -1)
-
-    def make_env(**options: Any) -> gym.Env:
-        box = gym.spaces.Box(-np.inf, np.inf, columns["observations"].shape[1:])
-        env = dataset.recover_environment(eval_env=True, **options)
-        return gym.wrappers.TransformObservation(env, lambda obs: flat(obs, 1)[0], box)
-
     dataset, episodes = minari.load_dataset(env_id, download=True), []
+    meta = dataset.storage.metadata
+    if meta.get("eval_env_spec") not in (None, meta.get("env_spec")):
+        say(f"note: {env_id} is evaluated in an environment of its own, not in the one of its data")
     for e in dataset.iterate_episodes():
-        obs, ends = flat(e.observations, len(e.rewards) + 1), e.terminations | e.truncations
-        ends[-1] = True  # an episode may end with neither flag
-        episodes.append((obs[:-1], e.actions, e.rewards, e.terminations, ends & ~e.terminations, obs[1:]))
+        obs, timeouts = flatten(e.observations, len(e.rewards) + 1), e.truncations & ~e.terminations
+        timeouts[-1] = not e.terminations[-1]  # an episode may end with neither flag
+        episodes.append((obs[:-1], e.actions, e.rewards, e.terminations, timeouts, obs[1:]))
     columns = dict(zip(KEYS, map(np.concatenate, zip(*episodes, strict=True)), strict=True))
-    reference = tuple(dataset.storage.metadata.get(f"ref_{end}_score") for end in ("min", "max"))
-    return check(columns), make_env, None if None in reference else reference
+    reference = (meta.get("ref_min_score"), meta.get("ref_max_score"))
+    return columns, partial(dataset.recover_environment, eval_env=True), None if None in reference else reference
 
 
-def download_d4rl(name: str) -> Path:
-    """Path of a D4RL file in D4RL_DATASET_DIR (default ~/.d4rl/datasets), downloaded where it is missing."""
-    import pooch
+def read_hdf5(args: Args) -> Columns:
+    """Columns of --dataset-path, a bundled file, or D4RL's in D4RL_DATASET_DIR, downloaded where it is missing."""
+    path = Path(args.dataset_path or Path(__file__).with_name("datasets") / f"{args.env_id}.hdf5")
+    if args.env_id in D4RL and not args.dataset_path:
+        path = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl/datasets"), Path(D4RL[args.env_id]).name)
+        for url in (D4RL_URLS[0] + D4RL[args.env_id], D4RL_URLS[1] + path.name):
+            with suppress(OSError):  # those of requests are OSErrors
+                pooch.retrieve(url, None, path.name, path.parent)  # nothing where the file exists
+    if not path.is_file():
+        raise OSError(f"{path} is missing: download it, or copy datasets/ of this script's repository")
+    with h5py.File(path, "r", locking=False) as file:  # some file systems have no locks
+        columns = {key: np.asarray(file[key]) for key in KEYS if key in file}
+        for key in file.keys() & {"episode_terminals", "truncations", "truncated"}:  # timeouts of other tools
+            columns.setdefault("timeouts", np.ravel(file[key]) > np.ravel(file["terminals"]))
+    return columns
 
-    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
-    for url in D4RL_URLS:
-        with suppress(OSError):  # those of requests are OSErrors
-            return Path(pooch.retrieve(url + name, None, name, folder))
-    raise OSError(f"cannot be downloaded from {', '.join(D4RL_URLS)}; put {name} into {folder}")
 
-
-def check(columns: Columns) -> Columns:
-    """The columns, if they can be trained on; else ValueError."""
+def check(columns: Columns) -> None:
+    """Bring columns into shape; add "ends", the last rows of episodes. ValueError: they cannot be trained on."""
     if missing := [key for key in KEYS[:4] if key not in columns]:
         raise ValueError(f"has no {', '.join(missing)}")
     if not columns.keys() & {"timeouts", "next_observations"}:
         raise ValueError("needs timeouts or next_observations, to tell which rows follow each other")
-    n, obs_dim = columns["rewards"].size, columns["observations"].shape[-1]
+    n, widths = columns["rewards"].size, {key: columns[key].shape[-1:] for key in ("observations", "actions")}
     for key, column in columns.items():
-        width = column.shape[-1] if key == "actions" else obs_dim
-        shape = (n, width) if key in ("observations", "actions", "next_observations") else (n,)
+        shape, flag = (n, *widths.get(key.removeprefix("next_"), ())), key in ("terminals", "timeouts")
         if column.shape not in (shape, (*shape, 1)):
             raise ValueError(f"{key} has shape {column.shape}, expected {shape}")
-        columns[key] = column = column.reshape(shape)
-        bound = {"actions": 1.001, "terminals": 1, "timeouts": 1}.get(key, 1e8)
-        if column.dtype.kind not in "fiub" or not (np.abs(column.astype(np.float64)) <= bound).all():
-            raise ValueError(f"{key} has values that are not finite numbers up to {bound:g}")
+        valid = np.isin(column, (0, 1)) if flag else column.dtype.kind in "fiub" and np.abs(column) < np.float32(1e8)
+        if not np.all(valid):
+            raise ValueError(f"{key} has values that are not {'0 or 1' if flag else 'finite numbers up to 1e8'}")
+        columns[key] = column.reshape(shape).astype(bool if flag else column.dtype)
     if columns["terminals"].mean() > 0.5:
         say("warning: more than half of the rows are terminal. Are they masks, 1 where an episode goes on?", sys.stderr)
-    return columns
+    if "timeouts" not in columns:  # as d4rl.qlearning_dataset returns them
+        follows = np.isclose(columns["next_observations"], np.roll(columns["observations"], -1, axis=0), atol=1e-6)
+        columns["timeouts"], columns["ends"] = np.zeros(n, bool), ~np.all(follows, axis=1)
+    columns["ends"] = columns["terminals"] | columns.get("ends", columns["timeouts"])
 
 
-def load_task(args: Args) -> tuple[Columns, Callable[..., gym.Env] | None, tuple | None]:
-    """Columns, evaluation environment, and reference returns of --env-id; exit 2 if unusable."""
-    gym_id, options, make_env, reference = args.env_id, {}, None, None
-    if known := args.env_id in D4RL_IDS + MINI_IDS:
-        gym_id, reference = TASKS[args.env_id.split("-")[0]]
-        options = {"use_contact_forces": True} if gym_id == "Ant-v4" else {}  # D4RL's 111 dimensions
+def load_task(args: Args) -> tuple[Columns, Callable | None, tuple | None]:
+    """Columns, environment and reference returns of --env-id, both with actions in [-1, 1]; exit 2 if unusable."""
+    _, gym_id, options, reference = TASKS.get(args.env_id.split("-")[0], ({}, args.env_id, {}, None))
+    make: Callable = partial(gym.make, gym_id, **options)
+    hint = ""
+    warnings.filterwarnings("ignore", ".*(out of date|GLFW|X11)")  # D4RL's tasks are of version 4
+
+    def make_env(**options: Any) -> Any:
+        env: Any = gym.wrappers.RescaleAction(make(**options), np.float32(-1), np.float32(1))
+        space = gym.spaces.flatten_space(env.observation_space)
+        env = gym.wrappers.TransformObservation(env, lambda obs: flatten(obs, 1)[0], space)
+        return gym.wrappers.TimeLimit(env, env.spec.max_episode_steps or longest)  # of the data's episodes
+
     try:
         if "/" in args.env_id and not args.dataset_path:
-            return read_minari(args.env_id)
-        with suppress(gym.error.Error, ImportError):
-            if ":" in gym_id:  # module:Env-v0
-                importlib.import_module(gym_id.split(":")[0])
-            make_env = partial(gym.make, gym.spec(gym_id.split(":")[-1]), **options)
-        if not known and not (args.dataset_path and (make_env or not args.eval_episodes)):
-            close = difflib.get_close_matches(args.env_id, [*MINI_IDS, *D4RL_IDS, *gym.registry], cutoff=0)
-            raise ValueError(f"neither data nor, with --dataset-path, an environment; close: {', '.join(close)}")
-        path: Any = args.dataset_path or Path(__file__).parent / "datasets" / f"{args.env_id}.hdf5"
-        if args.env_id in D4RL_IDS and not args.dataset_path:
-            path = download_d4rl(args.env_id[:-3].replace("-", "_") + "-v2.hdf5")
-        if not Path(path).is_file():
-            raise OSError(f"{path} is missing. Bundled files are in datasets/ of this script's repository")
-        with h5py.File(path, "r", locking=False) as file:  # some file systems have no locks
-            columns = {key: np.asarray(file[key]) for key in KEYS if key in file}
-        return check(columns), make_env, reference
+            columns, make, reference = read_minari(args.env_id)
+        else:
+            columns = read_hdf5(args)
+        check(columns)
+        longest = int(np.diff(np.flatnonzero(columns["ends"]), prepend=-1, append=len(columns["ends"]) - 1).max())
+        evaluated = gym_id and args.eval_episodes
+        if evaluated:
+            hint = (
+                "; Adroit, AntMaze and kitchen need gymnasium-robotics, kitchen also mujoco<3.12, MUJOCO_GL its library"
+            )
+            env = make_env()
+            shapes, hint = (env.observation_space.shape, env.action_space.shape), ""
+            if shapes != (columns["observations"].shape[1:], columns["actions"].shape[1:]):
+                raise ValueError(f"{env.spec.id} has shapes {shapes} of observations and actions, the data have others")
+            low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+            columns["actions"] = (columns["actions"] - (high + low) / 2) / ((high - low) / 2)
+        elif gym_id is None:
+            say(f"note: no evaluation: today's environments differ from that of {args.env_id}")
+        beyond = (np.abs(columns["actions"]) > 1.001).mean()
+        if beyond and not evaluated:
+            raise ValueError("actions are not in [-1, 1], and no environment tells their range")
     except Exception as error:  # a damaged file, the network, Minari: each raises its own
-        fail(f"{args.dataset_path or args.env_id}: {str(error) or repr(error)}")
+        close = difflib.get_close_matches(args.env_id, [*MINI_IDS, *D4RL, *gym.registry])
+        hint += f"; close ids: {', '.join(close)}" if close and args.env_id not in close else ""
+        fail(f"{args.dataset_path or args.env_id}: {str(error) or repr(error)}{hint}")
+    if beyond:
+        say(f"warning: {beyond:.1%} of the actions are out of the environment's range and are clipped", sys.stderr)
+    return columns, make_env if evaluated else None, reference
 
 
 def make_transitions(columns: Columns, args: Args) -> tuple[np.ndarray, dict[str, Any]]:
-    """Rows [s, a, s', r, mask] of D4RL's qlearning_dataset, (N, S+A+S+2) float32, and the transform they went through.
-
-    Timeout rows and the last row are dropped, terminal rows kept; mask is 0 on terminal rows, else 1. Networks see
-    observations as (s - mean) / std and rewards as scale (r + shift).
-    """
-    obs, r, terminals = columns["observations"], columns["rewards"].astype(np.float64), columns["terminals"] > 0
-    timeouts = columns.get("timeouts", np.zeros(len(r))) > 0
-    next_obs = columns.get("next_observations", np.roll(obs, -1, axis=0))
-    ends = terminals | timeouts  # the last rows of episodes
-    if "timeouts" not in columns:  # as d4rl.qlearning_dataset returns them
-        ends |= ~np.isclose(next_obs, np.roll(obs, -1, axis=0), atol=1e-6).all(1)
-    keep = ~timeouts & (np.arange(len(r)) < len(r) - 1)
+    """Float32 rows [s, a, s', r, mask] of D4RL's qlearning_dataset; transform (s - mean) / std, scale (r + shift)."""
+    obs, r = columns["observations"], columns["rewards"].astype(np.float64)
+    keep = ~columns["timeouts"]  # terminal rows are kept, with a mask of 0
+    keep[-1:] = False
     if not keep.any():
         fail("the data hold no transition: timeout rows and the last one do not count")
-    if args.reward_transform == "return-range":
-        returns = np.add.reduceat(r, np.flatnonzero(np.append(True, ends[:-1])))
-        spread = np.ptp(returns)  # equal but for rounding: as they are
-        shift, scale = 0.0, 1_000 / spread if spread > 1e-6 * np.abs(returns).max() else 1.0
-    elif args.reward_transform == "min-max":
-        shift, scale = -(r.min() + r.max()) / 2, 2 / max(np.ptp(r), 1e-6)
-    else:
-        shift, scale = {"none": (0.0, 1.0), "minus-one": (-1.0, 1.0), "times-four": (-0.5, 4.0)}[args.reward_transform]
+    returns = np.add.reduceat(r, np.flatnonzero(np.append(True, columns["ends"][:-1])))
+    spread = np.ptp(returns)  # equal but for rounding: as they are
+    shift, scale = {
+        "none": (0.0, 1.0),
+        "return-range": (0.0, 1_000 / spread if spread > 1e-6 * np.abs(returns).max() else 1.0),
+        "minus-one": (-1.0, 1.0),
+        "times-four": (-0.5, 4.0),
+        "min-max": (-(r.min() + r.max()) / 2, 2 / max(np.ptp(r), 1e-6)),
+    }[args.reward_transform]
     mean, std = np.zeros(obs.shape[1]), np.ones(obs.shape[1])
     if args.normalize_observations:
         mean, std = obs.mean(0, dtype=np.float64), obs.std(0, dtype=np.float64).clip(1e-3)
+    next_obs = columns.get("next_observations", np.roll(obs, -1, axis=0))
     actions = columns["actions"].clip(-0.999, 0.999)  # as the official code
-    parts = ((obs - mean) / std, actions, (next_obs - mean) / std, (scale * (r + shift))[:, None], ~terminals[:, None])
-    transitions = np.concatenate([part[keep].astype(np.float32) for part in parts], axis=1)
+    parts = ((obs - mean) / std, actions, (next_obs - mean) / std, scale * (r + shift), ~columns["terminals"])
+    transitions = np.column_stack([part[keep].astype(np.float32) for part in parts])
     return transitions, {"mean": mean.tolist(), "std": std.tolist(), "shift": float(shift), "scale": float(scale)}
 
 
 # ---------------------------------------------------------------------------------------------------------- Evaluation
-def make_envs(make_env: Callable[..., gym.Env], args: Args, obs_dim: int, act_dim: int, videos: Path) -> list[gym.Env]:
-    """One environment per evaluation episode, which must fit the data; with --capture-video the first is recorded."""
-    try:
-        envs = [make_env() for _ in range(args.eval_episodes)]
-        if args.capture_video:  # without a display set MUJOCO_GL=egl or MUJOCO_GL=osmesa
-            prefix = f"from-{time.time_ns() // 1_000_000}"  # not over older ones
-            env = make_env(render_mode="rgb_array")
-            envs[0] = gym.wrappers.RecordVideo(env, str(videos), lambda _: True, name_prefix=prefix)
-            envs[0].reset()
-    except Exception as error:  # a dependency of the environment, or of rendering
-        fail(f"environment of {args.env_id}: {error!r}")
-    expected = gym.spaces.Box(-1, 1, (act_dim,), np.float32)
-    if envs and (envs[0].observation_space.shape != (obs_dim,) or envs[0].action_space != expected):
-        fail(f"{envs[0]} does not fit the data ({obs_dim} observations, {act_dim} actions in [-1, 1])")
-    return envs
-
-
-def evaluate(act: Callable, envs: list[gym.Env], seeds: list[int], stop: list[int]) -> dict[str, np.ndarray]:
-    """One episode per environment, side by side; act maps observations (n, S) to actions. {} once `stop` fills."""
-    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
-    found = {"episodic_return": np.zeros(len(envs)), "episodic_length": np.zeros(len(envs))}
-    running = list(range(len(envs)))
-    while running and not stop:
-        actions = act(obs)  # of finished episodes too: shapes do not change
-        for i in list(running):
-            obs[i], reward, terminated, truncated, info = envs[i].step(actions[i])
-            found["episodic_return"][i] += reward
-            found["episodic_length"][i] += 1
-            for key in info.keys() & {"success", "is_success"}:  # Adroit, AntMaze: reached at any step
-                success = found.setdefault("success", np.zeros(len(envs)))
-                success[i] = max(success[i], info[key])
-            if terminated or truncated:
-                running.remove(i)
+def evaluate(act: Callable, envs: Any, seeds: list[int], stop: list[int]) -> dict[str, np.ndarray]:
+    """The first episode of each environment; act maps observations (n, S) to actions (n, A). {} once `stop` fills."""
+    obs, _ = envs.reset(seed=seeds)
+    found: dict[str, Any] = {"episodic_return": 0.0, "episodic_length": 0.0}
+    running = np.ones(len(seeds), bool)
+    while running.any() and not stop:
+        obs, reward, terminated, truncated, info = envs.step(act(obs))
+        found["episodic_return"] += running * reward
+        found["episodic_length"] += running
+        for key in info.keys() & {"success", "is_success"}:  # Adroit, AntMaze: reached at any step
+            found["success"] = np.maximum(found.get("success", 0.0), running * info[key])
+        running &= ~(terminated | truncated)
     return {} if stop else found
 
 
@@ -566,8 +556,8 @@ def evaluate(act: Callable, envs: list[gym.Env], seeds: list[int], stop: list[in
 def make_optimizers(args: Args, networks: dict[str, Any], *names: str) -> tuple[Callable, Callable, dict[str, Any]]:
     """minimize(name, loss) sets a network's clipped gradient; step(*names) moves networks by Adam; the optimisers."""
     cuda = next(networks["critic"].parameters()).is_cuda
-    options: dict[str, Any] = {"lr": args.lr, "fused": True, "capturable": cuda}
-    optimizers = {name: torch.optim.Adam(networks[name].parameters(), **options) for name in names}
+    adam = partial(torch.optim.Adam, lr=args.lr, fused=True, capturable=cuda)
+    optimizers = {name: adam(networks[name].parameters()) for name in names}
 
     def minimize(name: str, loss: Tensor) -> None:
         parameters = list(networks[name].parameters())
@@ -586,10 +576,7 @@ def make_optimizers(args: Args, networks: dict[str, Any], *names: str) -> tuple[
 
 
 class Graphed:
-    """A function without arguments as a CUDA graph: three calls as they are, the fourth is captured, then replayed.
-
-    Nothing in it may depend on a number that changes between calls. The next call overwrites its result.
-    """
+    """A function as a CUDA graph. No number of Python in it may change. Each call overwrites the last result."""
 
     def __init__(self, function: Callable, *generators: torch.Generator) -> None:
         self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
@@ -602,9 +589,9 @@ class Graphed:
         if self.calls < 4:  # on a stream of its own, as a capture needs it
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                result = self.function()
+                self.result = self.function()
             torch.cuda.current_stream().wait_stream(self.stream)
-            return result
+            return self.result
         if self.calls == 4:
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.result = self.function()
@@ -643,7 +630,7 @@ def parse_args(argv: list[str]) -> Args:
     """Command line, else the checkpoint to resume, else the preset of the data set, else the default."""
     given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
     saved = load_checkpoint(given.resume)["args"] if given.resume else {}
-    preset = find_preset(given.env_id)
+    preset = find_preset(given)
     about = f"{Args.__doc__} Defaults from the preset of {given.env_id}: {preset or 'none'}."
     default = Args(**(preset | {"env_id": given.env_id} | saved | {"resume": given.resume}))
     return tyro.cli(Args, args=argv, default=default, description=about)
@@ -660,7 +647,7 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
 
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
+        device = torch.zeros(1, device=args.device.replace("auto", auto)).device
     except Exception as error:  # every backend has its own kind
         fail(f"--device {args.device}: {error}")
     torch.set_num_threads(args.num_threads)
@@ -675,17 +662,23 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
     columns, make_env, reference = load_task(args)
     transitions, transform = make_transitions(columns, args)
     digest = hashlib.sha256(transitions.tobytes()).hexdigest()
-    if saved and saved["data"] != digest:
+    if saved.get("data", digest) != digest:
         fail("the data are not those that the resumed run was trained on")
-    if saved and saved["step"] > args.num_updates:
-        fail(f"--num-updates {args.num_updates}: the run is at update {saved['step']} already")
     obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
     data = torch.as_tensor(transitions, device=device)
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}")
-    folder = Path(args.resume or Path(args.runs_dir, name)).resolve()
-    envs = make_envs(make_env, args, obs_dim, act_dim, folder / "videos") if make_env else []
-    for env in envs:
-        exits.callback(env.close)  # which writes the last video
+    folder = Path(args.resume if args.resume and not args.eval_only else Path(args.runs_dir, name)).resolve()
+    envs: Any = gym.vector.SyncVectorEnv([make_env] * args.eval_episodes) if make_env else None
+    if envs:
+        exits.callback(envs.close)  # which writes the last video
+    if make_env and args.capture_video:
+        name = f"from-{time.time_ns() // 1_000_000}"  # not over older ones
+        try:
+            env = make_env(render_mode="rgb_array")
+            envs.envs[0] = gym.wrappers.RecordVideo(env, str(folder / "videos"), lambda _: True, name_prefix=name)
+            envs.envs[0].reset()
+        except Exception as error:
+            fail(f"--capture-video: {error!r}; without a display set MUJOCO_GL=egl or MUJOCO_GL=osmesa")
 
     # Networks, optimisers, update
     diffusion = Diffusion(args, device)
@@ -696,7 +689,8 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
         if "optimizer" in name:  # options of this device
             saved[name]["param_groups"] = part.state_dict()["param_groups"]
         part.load_state_dict(saved[name])
-    step, evaluations, seconds = saved.get("step", 0), saved.get("evaluations", {}), saved.get("seconds", 0.0)
+    step, seconds = saved.get("step", 0), saved.get("seconds", 0.0)
+    evaluations, logged = ({}, 0) if args.eval_only else (saved.get("evaluations", {}), saved.get("logged", 0))
     count = torch.full((), step, device=device)  # of updates, as a tensor: a CUDA graph repeats a number
     generator = torch.Generator(device)  # of evaluations, so that they do not disturb training
 
@@ -706,11 +700,9 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
         s, a, next_s, r, mask = data[index].split([obs_dim, act_dim, obs_dim, 1, 1], dim=1)
         return update(s, a, next_s, r[:, 0], mask[:, 0], count, **draw(args, diffusion, act_dim, device))
 
-    observed = torch.zeros(len(envs), obs_dim, device=device)
-
-    def select() -> Tensor:
-        policy, critic = networks["policy"], networks["critic"]
-        return select_actions(diffusion, policy, critic, observed, args.eval_candidates, generator)
+    observed = torch.zeros(args.eval_episodes, obs_dim, device=device)
+    policy, critic = networks["policy"], networks["critic"]
+    select: Callable = partial(select_actions, diffusion, policy, critic, observed, args.eval_candidates, generator)
 
     def act(obs: np.ndarray) -> np.ndarray:
         observed.copy_(torch.as_tensor((obs - transform["mean"]) / transform["std"]))
@@ -724,8 +716,8 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
         torch._inductor.config.fallback_random = True  # the same noise as without
         update = torch.compile(update)
         if device.type == "cuda":
-            networks["policy"].compile()
-            networks["critic"].compile()
+            policy.compile()
+            critic.compile()
             train, select = Graphed(train), Graphed(select, generator)
 
     # Run files
@@ -733,27 +725,25 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True)
     about = {"args": vars(args), "data": digest, "torch": str(torch.__version__), "device": str(device)}
     about["commit"] = git.stdout.decode().strip()  # empty without git
-    (folder / f"args{f'-{step}' if step else ''}.json").write_text(json.dumps(about, indent=1) + "\n")
-    say("\n".join(f"  {name} = {value}" for name, value in vars(args).items()))
-    say(f"{folder}: {len(data)} transitions on {device}")
+    (folder / f"args{f'-{step}' if logged else ''}.json").write_text(json.dumps(about, indent=1) + "\n")
+    say("\n  ".join([f"{folder}: {len(data)} transitions on {device}", *(f"{n} = {v}" for n, v in vars(args).items())]))
     rows = exits.enter_context(open(folder / "metrics.jsonl", "a"))  # noqa: SIM115
-    rows.truncate(saved.get("logged", 0))  # what a killed run logged after its checkpoint
-    writer, tracker = SummaryWriter(str(folder), purge_step=step + 1), None
-    exits.callback(writer.close)
+    rows.truncate(logged)  # what a killed run logged after its checkpoint
+    writer, tracker = exits.enter_context(SummaryWriter(str(folder), purge_step=step + 1)), None
     if args.track:
         import wandb
 
-        options: dict[str, Any] = {"name": folder.name, "config": vars(args), "dir": str(folder.parent)}
-        try:  # a history of its own for each start
-            tracker = exits.enter_context(wandb.init(project=args.wandb_project, group=folder.name, **options))
+        options: dict[str, Any] = {"project": args.wandb_project, "name": folder.name, "config": vars(args)}
+        options["group"] = os.environ.get("WANDB_RUN_GROUP", folder.name)  # each start has a history of its own
+        try:
+            tracker = exits.enter_context(wandb.init(**options, dir=folder.parent))
         except Exception as error:  # no key, no network
             fail(f"--track: {error}; `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
     bar = exits.enter_context(tqdm(total=args.num_updates, initial=step, disable=not sys.stderr.isatty()))
 
-    def log(values: dict[str, Any]) -> None:
+    def log(numbers: dict[str, float], episodes: dict[str, list[float]]) -> None:
         """A row to metrics.jsonl; its numbers to TensorBoard, Weights & Biases and the terminal."""
-        print(json.dumps({"step": step, **values}), file=rows, flush=True)
-        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+        print(json.dumps({"step": step, **numbers, **episodes}), file=rows, flush=True)
         try:
             for name, value in numbers.items():
                 writer.add_scalar(name, value, step)
@@ -761,10 +751,10 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
                 tracker.log(numbers | {"global_step": step})
         except Exception as error:  # the file has everything
             say(f"warning: update {step} not logged to TensorBoard or Weights & Biases: {error!r}", sys.stderr)
-        names = [name for name in numbers if "charts/" in name or name in ("losses/diffusion_loss", "losses/q_mean")]
-        shown = ", ".join(f"{name.split('/')[1]} {numbers[name]:.4g}" for name in names)
+        told = ("charts/", "losses/diffusion_loss", "losses/q_mean")
+        shown = ", ".join(f"{n.split('/')[1]} {value:.4g}" for n, value in numbers.items() if n.startswith(told))
         bar.set_postfix_str(shown)
-        if bar.disable or "charts/episodic_return" in values:
+        if bar.disable or episodes:
             say(f"update {step}/{args.num_updates}: {shown}")
 
     stop: list[int] = []  # a signal that came; a second one ends the process at once
@@ -782,18 +772,19 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
 
     # Loop
     metrics: dict[str, Tensor] = {}
-    start, start_step = time.time(), step
+    start = time.perf_counter()
     while True:
-        last, stopping = step >= args.num_updates, bool(stop)  # a signal after this waits for the next save
-        evaluating = bool(envs) and step > 0 and (last or step % args.eval_every == 0)
+        last = args.eval_only or step >= args.num_updates
+        stopping = bool(stop)  # a signal after this waits for the next save
+        evaluating = envs and (last or step % args.eval_every == 0 < step)
         saving = metrics and (last or stopping or evaluating or step % args.save_every == 0)
         if metrics and (saving or step % args.log_every == 0):
             values = {name: float(value) for name, value in metrics.items()}  # waits for the device
-            seconds += time.time() - start
-            log(values | {"charts/SPS": (step - start_step) / (time.time() - start)})
+            seconds += time.perf_counter() - start
+            log(values | {"charts/SPS": step / seconds}, {})
             if not all(map(math.isfinite, values.values())):
                 fail(f"diverged at update {step}; {folder} keeps the checkpoint before", code=3)
-            start, start_step = time.time(), step
+            start = time.perf_counter()
         if saving:  # before an evaluation, in which an environment may fail
             checkpoint = about | {name: part.state_dict() for name, part in state.items()} | {"step": step}
             checkpoint |= {"evaluations": evaluations, "seconds": seconds, "logged": rows.tell()}
@@ -805,29 +796,31 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
             os.replace(file.name, folder / "checkpoint.pt")
         if evaluating and not stopping:
             generator.manual_seed(args.seed + 1_000_003 * step)
-            seeds = np.random.default_rng([args.seed, step]).integers(2**31, size=len(envs)).tolist()
+            seeds = np.random.default_rng([args.seed, step]).integers(2**31, size=args.eval_episodes).tolist()
             if episodes := evaluate(act, envs, seeds, stop):
                 if reference:
                     worst, best = reference
                     episodes["normalized_score"] = 100 * (episodes["episodic_return"] - worst) / (best - worst)
-                evaluations[step] = {name: float(column.mean()) for name, column in episodes.items()}
+                for name, column in episodes.items():
+                    evaluations.setdefault(name, []).append(float(column.mean()))
                 each = {f"episodes/{name}": column.tolist() for name, column in episodes.items()}
-                log({f"charts/{name}": mean for name, mean in evaluations[step].items()} | each)
-            start = time.time()
+                log({f"charts/{name}": means[-1] for name, means in evaluations.items()}, each)
+            start = time.perf_counter()
         if stopping or (stop and evaluating):
             say(f"stopped at update {step}; continue with --resume {folder}", sys.stderr)
             raise SystemExit(128 + stop[0])
         if last:
             break
-        metrics = train()
+        first, metrics = not metrics, train()
         step += 1
         bar.update()
+        if first:  # speeds are told without the time to compile
+            start = time.perf_counter()
 
     result: dict[str, Any] = {"updates": step, "updates_per_second": step / max(seconds, 1e-9), "run_dir": str(folder)}
-    for key in ("episodic_return", "normalized_score", "success"):
-        if means := [evaluation[key] for evaluation in evaluations.values() if key in evaluation]:
-            last_10 = float(np.mean(means[-10:]))  # the paper's RAT; best is its OMS
-            result[key] = {"last": means[-1], "mean_of_last_10": last_10, "best": max(means), "evaluations": len(means)}
+    for name, means in evaluations.items():
+        last_10 = float(np.mean(means[-10:]))  # the paper's RAT; best is its OMS
+        result[name] = {"last": means[-1], "mean_of_last_10": last_10, "best": max(means), "evaluations": len(means)}
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     say(json.dumps(result, indent=1))
     return result

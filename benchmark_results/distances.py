@@ -118,26 +118,25 @@ def main(options: Args) -> dict[str, dict[str, float]]:
     networks = {name: network.to(device) for name, network in edis.make_networks(S, A, args).items()}
     for name, network in networks.items():
         network.load_state_dict(saved[name])
-    if not make_env or not len(saved["synthetic"]["rows"]):
+    if not make_env or not len(saved["synthetic"]):
         edis.fail(f"{options.run}: the run has made no synthetic transitions yet")
-    recent = coordinates.normalize(saved["online"]["rows"][-args.positive_buffer :, :D].to(device))
+    recent = coordinates.normalize(saved["online"][-args.positive_buffer :, :D].to(device))
     simulate, edm = make_simulator(make_env(), transform, S), edis.EDM(args, device)
 
     def compare(x: Tensor) -> dict[str, float]:
         return {name: float(value) for name, value in distances(networks, coordinates, simulate, x, recent).items()}
 
-    def sample(**energies: Any) -> Tensor:
-        guidance = edis.make_guidance(replace(args, **energies), networks["energies"])
-        return edis.generate(args, edm, networks["denoiser_ema"], options.samples, D, guidance)
+    def sample(**scales: Any) -> Tensor:
+        guidance = edis.make_guidance(replace(args, **scales), networks["energies"])
+        return edis.generate(edm, networks["denoiser_ema"], options.samples, D, guidance)
 
-    names = ("state", "policy", "transition")
-    none: dict[str, Any] = {f"{energy}_energy": False for energy in names}
+    none = {f"{energy}_scale": 0.0 for energy in ("state", "policy", "transition")}
     real = recent[torch.randint(len(recent), (options.samples,), device=device)]
     found = {"recent": compare(real), "unguided": compare(sample(**none))}
-    if args.augmentation == "edis" and any(args.scales):
+    if args.augmentation == "edis" and any(getattr(args, name) for name in none):
         found["guided"] = compare(sample())
-        for energy in names:  # what each does beside the others
-            found[f"{energy}_off"] = compare(sample(**{f"{energy}_energy": False}))
+        for name in none:  # what each energy does beside the others
+            found[name.replace("scale", "off")] = compare(sample(**{name: 0.0}))
     text = json.dumps({"step": saved["step"], **found}, indent=1)
     (options.run / "distances.json").write_text(text + "\n")
     print(text)

@@ -12,13 +12,13 @@ kept too, and is told; the exit code is 1 if a job did not end well.
 
 import importlib
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,6 @@ import report  # noqa: E402
 
 EDIS_SETS = ("hopper-medium-mini", "hopper-medium-replay-mini")
 EDP_SETS = ("hopper-medium-expert-mini", *EDIS_SETS)
-FEW_STEPS = ["--sampler", "ddpm", "--beta-schedule", "vp", "--diffusion-steps", "5"]
 VARIANTS: dict[str, dict[str, list[str]]] = {
     "edp_iql": {
         "edp_iql": [],
@@ -48,15 +47,15 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     "edp_td3": {
         "edp_td3": [],
         "edp_td3_1": ["--eval-candidates", "1"],
-        "diffusion_ql": ["--no-action-approximation", *FEW_STEPS, "--eta", "1"],
-        "diffusion_ql_tau": ["--no-action-approximation", *FEW_STEPS, "--eta", "1", "--tau", "0.005"],  # its authors'
+        "diffusion_ql": ["--no-action-approximation"],
+        "diffusion_ql_fast": ["--no-action-approximation", "--tau", "0.05"],
         "td3_bc": ["--eta", "2.5", "--normalize-observations"],
     },
     "edis_sac": {
         **{name: ["--augmentation", name] for name in ("edis", "offline", "none")},
         "synther": ["--augmentation", "synther", "--denoiser-recent", "0"],
         "edis_no_energies": ["--augmentation", "synther"],
-        **{f"edis_no_{name}": [f"--no-{name}-energy"] for name in ("state", "policy", "transition")},
+        **{f"edis_no_{name}": [f"--{name}-scale", "0"] for name in ("state", "policy", "transition")},
         "edis_inpainted": ["--conditional-negatives", "inpainted", "--no-full-gradient"],
     },
 }
@@ -117,10 +116,7 @@ def resumable(work: Path, wanted: dict[str, Any]) -> list[Path]:
 def train(
     file: str, flags: list[str], work: Path, wanted: dict[str, Any], raw: Path | None = None, agent: Path | None = None
 ) -> int:
-    """A run in `work`, continued from the checkpoint there, or from a copy of the agent's run; its exit code.
-
-    Looks for the checkpoint when it starts: a job that the cluster queues again goes on. Signals reach the run.
-    """
+    """A run in `work`, continued from the checkpoint there, or from a copy of the agent's run; its exit code."""
     work.mkdir(parents=True, exist_ok=True)
     folders = resumable(work, wanted)
     if agent and not folders:
@@ -129,11 +125,10 @@ def train(
         shutil.copytree(source, part, ignore=shutil.ignore_patterns("result.json"))
         folders = [part.rename(work / f"copy-{time.time_ns()}")]
     where = ["--resume", str(folders[-1])] if folders else ["--runs-dir", str(work)]
+    command = [sys.executable, str(ROOT / file), *flags, *where]
     with open(work / "log.txt", "a") as log:
-        run = subprocess.Popen([sys.executable, str(ROOT / file), *flags, *where], stdout=log, stderr=log, cwd=ROOT)
-    with suppress(ValueError):  # in a thread the main one forwards
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, lambda *_: run.terminate())
+        # A cluster sends its warning to all processes of a job; the run is told by `checkpoint`
+        run = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, preexec_fn=ignore_warnings)
     running.append(run)
     code = run.wait()
     running.remove(run)
@@ -152,6 +147,25 @@ def work_through(steps: list[dict[str, Any]]) -> int:
         if codes[-1] not in (0, 3):
             break
     return max(codes, key=abs)
+
+
+def ignore_warnings() -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+class Job(submitit.helpers.Checkpointable):
+    """The runs of a job on a cluster. When the cluster warns it, they save, and the job is queued again."""
+
+    def __call__(self, steps: list[dict[str, Any]]) -> int:
+        return work_through(steps)
+
+    def checkpoint(self, steps: list[dict[str, Any]]) -> Any:
+        for run in running:
+            run.terminate()
+            os.waitid(
+                os.P_PID, run.pid, os.WEXITED | os.WNOWAIT
+            )  # the interrupted run.wait() would not let in a second
+        return super().checkpoint(steps)
 
 
 def make_jobs(args: Args) -> dict[str, list[dict[str, Any]]]:
@@ -209,7 +223,7 @@ def main(args: Args) -> None:
         executor.update_parameters(timeout_min=60 * args.slurm_hours, gpus_per_node=args.gpus or None)
         executor.update_parameters(slurm_partition=args.slurm_partition, slurm_additional_parameters={"requeue": True})
         with executor.batch():
-            submitted = {name: executor.submit(work_through, steps) for name, steps in jobs.items()}
+            submitted = {name: executor.submit(Job(), steps) for name, steps in jobs.items()}
         results = {name: job.result for name, job in submitted.items()}
     else:
         pool = ThreadPoolExecutor(args.workers)

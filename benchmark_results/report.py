@@ -171,7 +171,7 @@ def summary_table(runs: Runs, names: Iterable[str]) -> list[str]:
     for name in names:
         cells = [LABELS[name]]
         for variants in runs.values():
-            jobs = variants.get(f"{name}_tau") or variants.get(name, [])
+            jobs = variants.get(name) or variants.get(f"{name}_fast", [])
             values = [(job.mean if name in EDIS else job.last_10,) for job in jobs]
             cells.append((spread(values) if name in EDIS else f"{np.mean(values):.0f}") if jobs else "–")
             if name == "diffusion_ql" and jobs and jobs[0].raw["args"]["tau"] != 0.005:
@@ -253,6 +253,25 @@ def candidates_table(columns: list[str], decimals: int) -> list[str]:
     return by_data(f"policy | seeds | {' | '.join(columns)}", compared, make_rows)
 
 
+def weights_table() -> list[str]:
+    """Mean return of each seed over the three times at which weights.py plays."""
+    found: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for path in sorted((HERE / "weights").glob("*.json")):
+        raw = json.loads(path.read_text())
+        for name, (likelihood, coefficient, diffusion, beta, cap, lr) in raw["losses"].items():
+            settings = f"{likelihood}, {coefficient:g} | {diffusion:g} | {beta:g} | {cap:g} | {lr:g}"
+            cells = found.setdefault(raw["args"]["env_id"], {}).setdefault(settings, {1: [], 10: []})
+            for n, means in cells.items():
+                returns = [row["return"] for row in raw["rows"] if (row["loss"], row["candidates"]) == (name, n)]
+                means.append(float(np.mean(returns)))
+
+    def make_rows(settings: str, losses: dict[str, dict[int, list[float]]]) -> list[str]:
+        return [f"{settings} | {listed(losses[settings][1])} | {listed(losses[settings][10])}"]
+
+    columns = "regression, coefficient | diffusion loss | β | cap | learning rate | one candidate | ten"
+    return by_data(columns, found, make_rows)
+
+
 # Figures
 
 
@@ -316,7 +335,7 @@ def main() -> None:
     runs = load()
     edp, edis = select(runs, EDP), select(runs, EDIS)
     hopper, online = ({env_id: found[env_id] for env_id in HOPPER if env_id in found} for found in (edp, edis))
-    critics = select(hopper, ("edp_td3", "diffusion_ql", "diffusion_ql_tau", "td3_bc"))
+    critics = select(hopper, ("edp_td3", "diffusion_ql", "diffusion_ql_fast", "td3_bc"))
     results = "algorithm | seeds | steps | last | mean of last 10 | best"
     thirds = "algorithm | seeds | evaluations | training, first third | second | last"
     compared = ("edis", "synther", "offline", "none")
@@ -332,6 +351,7 @@ def main() -> None:
         "distances": by_data("algorithm | distance | guided | unguided | own off | real", edis, distance_rows),
     }
     tables |= {name: candidates_table(*columns) for name, columns in CANDIDATES.items()}
+    tables["weights"] = weights_table()
     write(HERE / "README.md", tables, required=True)
     write(HERE.parent / "README.md", summaries, required=False)
     plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}

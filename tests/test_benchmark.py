@@ -1,11 +1,14 @@
 """The benchmark's report and launcher, in a copy of the repository."""
 
-import importlib.util
+import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -48,13 +51,45 @@ def test_launch(copy):
     assert sorted(path.name for path in raw.iterdir()) == before
 
 
-def test_only_runs_of_the_same_arguments_go_on(tmp_path):
+@pytest.fixture
+def launch(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmark_results")
+    return importlib.import_module("launch")
+
+
+def test_only_runs_of_the_same_arguments_go_on(tmp_path, launch):
     """A checkpoint that was made before an argument changed is left alone."""
-    spec = importlib.util.spec_from_file_location("launch", ROOT / "benchmark_results" / "launch.py")
-    launch = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(launch)
     for name, lr in (("a", 1e-3), ("b", 3e-4)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "checkpoint.pt").touch()
         (tmp_path / name / "args.json").write_text(json.dumps({"args": {"lr": lr, "num_updates": 5}}))
     assert launch.resumable(tmp_path, {"lr": 3e-4, "num_updates": 9}) == [tmp_path / "b"]
+
+
+@pytest.mark.slow
+def test_a_preempted_job_goes_on(tmp_path, launch, monkeypatch):
+    """The cluster warns all processes of the job, and queues it again: one run folder, continued."""
+    import submitit
+
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'benchmark_results'}:{ROOT}")
+    numbers = {"num-updates": 300, "save-every": 20, "log-every": 20, "eval-episodes": 0, "compile": "off"}
+    flags = [f"--{name}={value}" for name, value in numbers.items()]
+    step = {"file": "edp_iql.py", "flags": flags, "work": tmp_path / "work", "wanted": {}, "raw": tmp_path / "raw.json"}
+    executor = submitit.LocalExecutor(tmp_path / "submitit")
+    executor.update_parameters(timeout_min=5)
+    job = executor.submit(launch.Job(), [step])
+
+    def children(pid):
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+    deadline = time.time() + 120
+    while not list((tmp_path / "work").glob("*/checkpoint.pt")) and time.time() < deadline:
+        time.sleep(0.1)
+    (task,) = children(job._process.pid)
+    for pid in (task, *children(task)):
+        os.kill(pid, signal.SIGUSR2)
+    assert job.result() == 0
+    (folder,) = (path.parent for path in (tmp_path / "work").glob("*/result.json"))
+    assert [path.name for path in (tmp_path / "work").iterdir() if path.is_dir()] == [folder.name]
+    starts = sorted(path.name for path in folder.glob("args*.json"))
+    assert len(starts) == 2 and starts[0].startswith("args-") and (tmp_path / "raw.json").exists()

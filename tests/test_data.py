@@ -24,6 +24,12 @@ def args_of(**changes):
     return edp_iql.Args(**{"env_id": "Hopper-v4", **changes})
 
 
+def transitions_of(columns, **changes):
+    columns = dict(columns)
+    edp_iql.check(columns)
+    return edp_iql.make_transitions(columns, args_of(**changes))
+
+
 def load(path, env_id="Hopper-v4", **changes):
     return edp_iql.load_task(args_of(env_id=env_id, dataset_path=str(path), **changes))
 
@@ -52,7 +58,7 @@ def test_rows_of_qlearning_dataset(seed, with_next):
     if not with_next:
         del columns["next_observations"]
     expected = reference_rows(columns)
-    transitions, transform = edp_iql.make_transitions(columns, args_of())
+    transitions, transform = transitions_of(columns)
     assert transitions.dtype == np.float32 and transform["scale"] == 1
     np.testing.assert_array_equal(transitions, expected)
 
@@ -65,10 +71,9 @@ def test_returns_of_a_dump_of_qlearning_dataset():
     )
     rows = {key: column[:-1][~columns["timeouts"][:-1]] for key, column in columns.items()}
     del rows["timeouts"]
-    args = args_of(reward_transform="return-range")
     starts, ends = range(0, 600, 50), columns["timeouts"]
     for given, dropped in ((columns, ends & False), (rows, ends)):  # the row of a timeout is not in the dump
-        transitions, transform = edp_iql.make_transitions(given, args)
+        transitions, transform = transitions_of(given, reward_transform="return-range")
         returns = [(columns["rewards"] * ~dropped)[i : i + 50].sum(dtype=np.float64) for i in starts]
         assert transform["scale"] == pytest.approx(1_000 / np.ptp(returns))
         assert (transitions[:, -1] == 0).sum() == 6  # terminals, not all ends
@@ -89,11 +94,11 @@ def test_transforms():
     columns["timeouts"] = np.array([0, 0, 0, 1, 0, 0], bool)  # returns 3, 7 and, unfinished, 11
     expected = {"none": 1.0, "return-range": 1000 / 8, "minus-one": 0.0, "times-four": 2.0, "min-max": -1.0}
     for name, first in expected.items():
-        rows, t = edp_iql.make_transitions(columns, args_of(reward_transform=name))
+        rows, t = transitions_of(columns, reward_transform=name)
         assert rows[0, 25] == pytest.approx(first)
         np.testing.assert_allclose(rows[:, 25], t["scale"] * (np.array([1, 2, 3, 5]) + t["shift"]), rtol=1e-6)
     columns["observations"] *= np.arange(1, 12, dtype=np.float32)
-    rows, t = edp_iql.make_transitions(columns, args_of(normalize_observations=True))
+    rows, t = transitions_of(columns, normalize_observations=True)
     seen = (columns["observations"] - t["mean"]) / t["std"]
     np.testing.assert_allclose(seen.mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(seen.std(0), 1, rtol=1e-5)
@@ -122,10 +127,10 @@ BAD = {
     "next_observations has shape": lambda c: c.update(next_observations=c["next_observations"][:, 1:]),
     "rewards has values": lambda c: c.update(rewards=np.full(600, b"x")),
     "observations has values": lambda c: c["observations"].__setitem__((3, 2), np.nan),
-    "actions has values": lambda c: c["actions"].__setitem__((3, 2), 2.0),
+    "actions has values": lambda c: c["actions"].__setitem__((3, 2), np.inf),
     "rewards": lambda c: c.update(rewards="text"),
     "timeouts has shape": lambda c: c.update(timeouts=h5py.Empty("f4")),
-    "terminals has values": lambda c: c.update(terminals=np.full(600, 7)),
+    "terminals has values": lambda c: c.update(terminals=np.full(600, 0.5)),
 }
 
 
@@ -153,7 +158,7 @@ def test_not_a_data_file(tmp_path, capsys, content):
 def test_no_transition(capsys):
     for rows in (1, 0):
         columns = make_columns(rows=rows)
-        assert "no transition" in error_of(capsys, lambda c=columns: edp_iql.make_transitions(c, args_of()))
+        assert "no transition" in error_of(capsys, lambda c=columns: transitions_of(c))
 
 
 def test_masks_given_as_terminals_are_told(tmp_path, capsys):
@@ -174,16 +179,64 @@ def test_a_file_that_is_only_read(hopper_file, monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------- environment
 def test_wrong_environments(tmp_path, hopper_file, capsys):
-    """Other shapes; Pendulum's torque reaches 2."""
-    pendulum = write_hdf5(tmp_path / "own.hdf5", make_columns(obs_dim=3, act_dim=1))
-    cases = ((hopper_file, "walker2d-medium-v2", 11, 3, "Walker2d-v4"), (pendulum, "Pendulum-v1", 3, 1, "Pendulum"))
-    for path, env_id, obs_dim, act_dim, told in cases:
-        args = args_of(env_id=env_id, dataset_path=str(path))
-        make_env = edp_iql.load_task(args)[1]
-        line = error_of(
-            capsys, lambda e=make_env, a=args, o=obs_dim, n=act_dim: edp_iql.make_envs(e, a, o, n, tmp_path)
-        )
-        assert told in line or env_id in line
+    """Other shapes, actions that are no vectors, actions out of range without an environment that tells it."""
+    for env_id, told in (("walker2d-medium-v2", "Walker2d-v4"), ("Pendulum-v1", "Pendulum"), ("CartPole-v1", "Box")):
+        assert told in error_of(capsys, lambda e=env_id: load(hopper_file, e))
+    columns = make_columns()
+    path = write_hdf5(tmp_path / "far.hdf5", columns | {"actions": 2 * columns["actions"]})
+    assert "[-1, 1]" in error_of(capsys, lambda: load(path, "my-robot", eval_episodes=0))
+
+
+def test_actions_of_another_range(tmp_path, capsys):
+    """Pendulum's torque reaches 2: data and environment are rescaled alike. What is beyond the range is told."""
+    columns = make_columns(obs_dim=3, act_dim=1)
+    columns["actions"] *= 2
+    path = write_hdf5(tmp_path / "own.hdf5", columns)
+    read, make_env, _ = load(path, "Pendulum-v1")
+    np.testing.assert_array_equal(read["actions"], columns["actions"] / 2)
+    env, own = make_env(), gym.make("Pendulum-v1")
+    for e in (env, own):
+        e.reset(seed=0)
+    np.testing.assert_allclose(env.step(np.array([0.4]))[0], own.step(np.array([0.8], np.float32))[0], rtol=1e-6)
+    assert "warning" not in capsys.readouterr().err
+    columns["actions"][:60] = 3
+    load(write_hdf5(path, columns), "Pendulum-v1")
+    assert "warning: 10.0% of the actions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["episode_terminals", "truncations", "truncated"])
+def test_ends_of_episodes_by_other_names(tmp_path, name):
+    """As d3rlpy and others write them: at terminal rows too."""
+    columns = make_columns()
+    del columns["next_observations"]
+    expected = transitions_of(columns)[0]
+    columns[name] = (columns.pop("timeouts") | columns["terminals"]).reshape(-1, 1)
+    read = load(write_hdf5(tmp_path / "own.hdf5", columns))[0]
+    np.testing.assert_array_equal(edp_iql.make_transitions(read, args_of())[0], expected)
+
+
+class Endless(gym.Env):
+    """No step limit, and no end."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (11,)), gym.spaces.Box(-1, 1, (3,))
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(11, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(11, np.float32), 0.0, False, False, {}
+
+
+gym.register("Endless-v0", entry_point="test_data:Endless")
+
+
+def test_an_environment_without_step_limit(hopper_file):
+    """Its episodes are as long as the longest of the data: 50 rows."""
+    env, steps = load(hopper_file, "Endless-v0")[1](), 1
+    env.reset()
+    while not env.step(np.zeros(3))[3]:
+        steps += 1
+    assert steps == 50
 
 
 def test_unknown_ids(capsys, hopper_file):
@@ -207,8 +260,7 @@ def test_a_module_of_ones_own(tmp_path, hopper_file, monkeypatch):
         "gym.register('MyHop-v0', entry_point='gymnasium.envs.mujoco.hopper_v4:HopperEnv', max_episode_steps=9)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    make_env = load(hopper_file, "my_envs:MyHop-v0")[1]
-    assert make_env().spec.max_episode_steps == 9
+    assert load(hopper_file, "my_envs:MyHop-v0")[1]().spec.max_episode_steps == 9
 
 
 def test_environments_of_d4rl(monkeypatch, tmp_path):
@@ -216,14 +268,14 @@ def test_environments_of_d4rl(monkeypatch, tmp_path):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
     agents = {"hopper": (11, 3, -20.272305, 3234.3), "walker2d": (17, 6, 1.629008, 4592.3),
               "halfcheetah": (17, 6, -280.178953, 12135.0), "ant": (111, 8, -325.6, 3879.7)}  # fmt: skip
-    assert len(edp_iql.D4RL_IDS) == 24
+    assert len(edp_iql.D4RL) == 36
     for agent, (obs_dim, act_dim, *expected) in agents.items():
         write_hdf5(tmp_path / f"{agent}_medium_replay-v2.hdf5", make_columns(obs_dim=obs_dim, act_dim=act_dim))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             columns, make_env, reference = edp_iql.load_task(args_of(env_id=f"{agent}-medium-replay-v2"))[:3]
             env = make_env()
-        assert env.spec.id.endswith("-v4") and env.observation_space.shape == (obs_dim,)
+        assert env.unwrapped.spec.id.endswith("-v4") and env.observation_space.shape == (obs_dim,)
         assert env.spec.max_episode_steps == 1_000
         assert len(columns["rewards"]) == 600 and list(reference) == expected
 
@@ -262,7 +314,7 @@ def test_download(server, hopper_file, tmp_path, case):
     (routes, requests), whole = server, hopper_file.read_bytes()
     routes[f"/mirror/{NAME}"] = (200, whole, None)
     first = {"whole": (200, whole, None), "forbidden": (403, b"", None), "truncated": (200, whole[:999], len(whole))}
-    routes[f"/first/{NAME}"] = first[case]
+    routes[f"/first/gym_mujoco_v2/{NAME}"] = first[case]
     args = args_of(env_id="hopper-medium-v2")
     assert len(edp_iql.load_task(args)[0]["rewards"]) == 600
     assert (f"/mirror/{NAME}" in requests) == (case != "whole")
@@ -331,8 +383,7 @@ def test_minari(monkeypatch, tmp_path, capsys):
     np.testing.assert_array_equal(env.reset(seed=0)[0], columns["observations"][0])
     np.testing.assert_array_equal(env.step(np.zeros(2))[0], columns["next_observations"][0])
     assert len(edp_iql.make_transitions(columns, args)[0]) == 12 and reference == (0.0, 15.0)
-    edp_iql.make_envs(make_env, args, 4, 2, tmp_path)
-    assert "does not fit" in error_of(capsys, lambda: edp_iql.make_envs(make_env, args, 4, 1, tmp_path))
+    assert "evaluated in an environment of its own" not in capsys.readouterr().out
     monkeypatch.setattr(minari, "load_dataset", lambda *a, **k: 1 / 0)
     assert "test/none-v0" in error_of(capsys, lambda: edp_iql.load_task(args_of(env_id="test/none-v0")))
 
@@ -346,7 +397,7 @@ def test_bundled_set(name):
     assert np.array_equal(np.unique([c.dtype for c in columns.values()]).astype(str), ["bool", "float32"])
     with h5py.File(ROOT / "datasets" / f"{name}.hdf5") as file:
         qpos, qvel = file["infos/qpos"][()], file["infos/qvel"][()]
-        assert file["metadata/env_id"][()].decode() == make_env().spec.id
+        assert file["metadata/env_id"][()].decode() == make_env().unwrapped.spec.id
     ends = columns["terminals"] | columns["timeouts"]
     returns = np.diff(np.cumsum(columns["rewards"], dtype=np.float64)[ends], prepend=0.0)
     found = {"episodes": len(returns)} | {f"return_{k}": getattr(returns, k)() for k in ("mean", "std", "min", "max")}

@@ -18,11 +18,11 @@ from conftest import EDP, ROOT
 EDIS = ("edis_sac",)
 SCRIPTS = (*EDIS, *EDP)
 
-LIMITS = dict.fromkeys(EDP, (860, 8_650))  # lines, tokens; the goal is 780 and 8 000
-LIMITS["edis_sac"] = (1_300, 13_400)  # the goal is 1 250 and 13 000
+LIMITS = dict.fromkeys(EDP, (845, 8_700))  # lines, tokens; the goal is 780 and 8 000
+LIMITS["edis_sac"] = (1_250, 13_000)
 TOKENS_A_LINE = 10.5  # more would be packed lines
 ALGORITHM_END = 380  # of an EDP script
-DIFFERING_LINES = 155  # between two EDP scripts; the goal is 150
+DIFFERING_LINES = 150  # between two EDP scripts
 
 # Pieces of one name are the same in all scripts, but for these: in the scripts named, with the reason.
 # `Args.x` is a field with its help, `f.g` a function inside f.
@@ -34,13 +34,13 @@ DIFFERS = {
     "draw": (SCRIPTS, "each algorithm's own random draws"),
     "make_update": (SCRIPTS, "the algorithm"),
     "make_update.update": (SCRIPTS, "the algorithm"),
-    "LOCOMOTION": (("edp_crr", "edp_iql"), "only IQL scales rewards; CRR has a guidance coefficient"),
-    "FAMILIES": (("edp_iql",), "AntMaze's rewards, and its expectile for IQL"),
+    "LOCOMOTION": ((*EDIS, "edp_crr", "edp_iql"), "only IQL scales rewards; CRR has a guidance coefficient"),
+    "SPARSE": (EDIS, "without the number of updates"),
+    "ANTMAZE": ((*EDIS, "edp_iql"), "rewards of IQL, and its expectile"),
     "MINI": (SCRIPTS, "each algorithm's own arguments"),
-    "find_preset": (EDIS, "no presets but those of the small sets"),
+    "find_preset": ((*EDIS, "edp_td3"), "EDIS has fewer presets, EDP-TD3 also Diffusion-QL's"),
     "run": (EDIS, "an online phase"),
     "run.train": (EDIS, "batches of two kinds of data"),
-    "run.select": (EDIS, "an actor instead of candidates"),
     "run.on_signal": (EDIS, "a round may be broken off"),
     "Diffusion": (("edp_td3",), "the vp schedule, for Diffusion-QL"),
 }
