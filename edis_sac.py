@@ -4,14 +4,16 @@ Liu et al., Energy-Guided Diffusion Sampling for Offline-to-Online RL, ICML 2024
 SAC (Haarnoja et al. 2018) is pre-trained offline with CQL (Kumar et al. 2020, arXiv 2006.04779) or Cal-QL (Nakamoto et
 al. 2023, arXiv 2303.05479). Online, a diffusion model guided by three energies adds synthetic transitions to the data.
 
-    diffusion          p_theta(x) of x = (s, a, s'), EDM (Karras et al. 2022, arXiv 2206.00364)  Denoiser, edm_loss
+    diffusion          p_theta(x) of x = (s, a, s' - s), EDM (Karras et al. 2022, 2206.00364)    Denoiser, edm_loss
     energies           q ~ p_theta exp(-E1(s) - E2(a|s) - E3(s'|s, a)), e^E = nu / mu            Energies, info_nce
     guided sampling    dx / dsigma = (x - D(x)) / sigma + sigma sum_i lambda_i grad E_i          EDM, Energies
     state energy       mu: states of the most recent transitions; nu: of unguided samples        energy_losses
     policy energy      mu: actions of the policy; nu: of unguided samples                        energy_losses
     transition energy  mu: next states of the environment; nu: of unguided samples               energy_losses
     SAC with CQL       Q on r + gamma V(s'), with the penalty; then policy and temperature       make_update
+    Cal-QL             the policy's actions are worth at least the Monte-Carlo return            make_update
     rounds             denoiser, models, energies, then synthetic transitions                    make_round
+    batches            of online and synthetic transitions                                       run
 
 Why the energies are trained by the chain rule of probability. At noise level sigma the sampler needs the gradient of
 log p_sigma(x) / q_sigma(x) of the noised x = (s, a, s'). This log ratio is the sum E1(s) + E2(a|s) + E3(s'|s, a), where
@@ -70,16 +72,16 @@ class Args:
     save_every: int = 10_000  # updates between two checkpoints; each replaces the one before
     resume: str | None = None  # run folder to continue; its arguments are the defaults
     runs_dir: str = "runs"  # where run folders are made
-    track: bool = False  # log to Weights & Biases (entity, group and mode: its WANDB_* environment variables)
+    track: bool = False  # log to Weights & Biases; WANDB_* environment variables set entity, group and mode
     wandb_project: str = "edp"  # Weights & Biases project
     # data
     env_id: str = "hopper-medium-mini"  # id of bundled data, D4RL or Minari; any environment with --dataset-path
     dataset_path: str | None = None  # HDF5 file in D4RL's layout to train on instead of the id's own data
     reward_transform: Literal["none", "return-range", "minus-one", "times-four", "min-max"] = "none"
-    """r; 1000 r / (best - worst return); r - 1 or 4 (r - 0.5) (AntMaze); r scaled to [-1, 1] (Adroit, kitchen)"""
+    """r; 1000 r / (best - worst return); r - 1 or 4 (r - 0.5), for AntMaze; r scaled to [-1, 1], for Adroit, kitchen"""
     normalize_observations: bool = False  # shift and scale each dimension to mean 0 and deviation 1
     # evaluation
-    eval_only: bool = False  # only evaluate, with --resume a trained run, in a run folder of its own
+    eval_only: bool = False  # evaluate without training: the run of --resume, into a new run folder
     eval_every: int = 10_000  # updates between two evaluations
     eval_episodes: int = 10  # episodes per evaluation, all run side by side; 0: no evaluation
     capture_video: bool = False  # record the first episode of each evaluation to RUN/videos
@@ -104,7 +106,7 @@ class Args:
     samples: int = 100_000  # synthetic transitions per round, which replace those of the last round
     denoiser_updates: int = 10_000  # updates of the denoiser per round
     denoiser_batch: int = 256  # transitions per update of the denoiser
-    denoiser_recent: float = 0.0  # share of recent transitions among them; exp(-E1) is then at most its inverse
+    denoiser_recent: float = 0.0  # share p of recent transitions in each batch; bounds exp(-E1) by 1 / p
     denoiser_width: int = 1_024  # width of the residual network
     denoiser_layers: int = 6  # its residual blocks
     denoiser_lr: float = 3e-4  # AdamW's learning rate, falling to 0 by a cosine in each round
@@ -120,10 +122,10 @@ class Args:
     energy_lr: float = 1e-3  # Adam's learning rate, energies and models, falling to 0 by a cosine in each round
     negatives: int = 10  # negatives of each positive
     conditional_negatives: Literal["joint", "inpainted"] = "joint"
-    """of E2 and E3: noised samples of p(s, a, s') (see the header); the paper's, a of p(a|s) and s' of p(s'|s, a)"""
+    """negatives of E2 and E3: samples of p(s, a, s'), see the header; the paper's: a from p(a|s), s' from p(s'|s, a)"""
     inpainting_repeats: int = 10  # passes through each noise level for inpainted negatives
     positive_buffer: int = 10_000  # most recent transitions, the energies' positives; the published code: all online
-    pool: int = 10_000  # unguided samples, the energies' negatives; inpainted, of pool / negatives conditions
+    pool: int = 10_000  # unguided samples, the energies' negatives; inpainted: for pool / negatives conditions
     state_scale: float = 1.0  # lambda_1, how strongly E1 guides; 0: off; the published code: 0.01 to 2, per data set
     policy_scale: float = 1.0  # lambda_2, how strongly E2 guides; 0: off
     transition_scale: float = 1.0  # lambda_3, how strongly E3 guides; 0: off
@@ -150,7 +152,7 @@ class Args:
             if type(value) in (int, float) and not low <= value <= high:  # NaN is not, either
                 fail(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], got {value}")
         if self.num_updates < 1 or self.sampling_steps < 2 or self.sigma_min > self.sigma_max:
-            fail("updates, two --sampling-steps, and a --sigma-min up to --sigma-max are needed")
+            fail("need at least 1 update, --sampling-steps >= 2 and --sigma-min <= --sigma-max")
         if self.conditional_negatives == "inpainted" and (self.full_gradient or self.pool < self.negatives):
             # E2 and E3 are then learned up to a function of their conditions, which has a gradient
             fail("--conditional-negatives inpainted needs --no-full-gradient, and a --pool of at least --negatives")
@@ -250,7 +252,7 @@ class Energies(nn.Module):
         S, SA, D = self.ends = (obs_dim, obs_dim + act_dim, 2 * obs_dim + act_dim)  # of s, a, s' in x
         sizes = ((S, 1), (SA, 1), (D, 1 + S), (SA, 1))  # E1, E2, E3, and log p_sigma / q_sigma of recent pairs (s, a)
         self.nets = nn.ModuleList(MLP(end + 1, outputs, (width,) * 3) for end, outputs in sizes)
-        self.dynamics = MLP(SA, S, (width,) * 3)  # E[s' | s, a] in the coordinates of x, without noise
+        self.dynamics = MLP(SA, S, (width,) * 3)  # E[s' | s, a] in the coordinates of x, learned without noise
 
     def energy(self, i: int, x: Tensor, sigma: Tensor) -> Tensor:
         """The energy (...) of net i, of x (..., end) at sigma (...)."""
@@ -448,7 +450,7 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
         with torch.no_grad():
             next_a, next_log_pi = actor(next_s, torch.randn_like(a))
             next_v = critic_target.min(next_s, next_a)
-            if not args.cql_alpha:  # no entropy beside CQL, as in CQL's and Cal-QL's code; EDIS's code subtracts it
+            if not cql_alpha:  # no entropy beside CQL, as in CQL's and Cal-QL's code; EDIS's code subtracts it
                 next_v = next_v - alpha * next_log_pi
         q1, q2 = critic(s, a)
         target = r + args.gamma * mask * next_v
@@ -788,7 +790,10 @@ def check(columns: Columns) -> None:
             raise ValueError(f"{key} has values that are not {'0 or 1' if flag else 'finite numbers up to 1e8'}")
         columns[key] = column.reshape(shape).astype(bool if flag else column.dtype)
     if columns["terminals"].mean() > 0.5:
-        say("warning: more than half of the rows are terminal. Are they masks, 1 where an episode goes on?", sys.stderr)
+        say(
+            "warning: more than half of the rows are terminal. Does the file store masks, 1 where not terminal?",
+            sys.stderr,
+        )
     if "timeouts" not in columns:  # as d4rl.qlearning_dataset returns them
         follows = np.isclose(columns["next_observations"], np.roll(columns["observations"], -1, axis=0), atol=1e-6)
         columns["timeouts"], columns["ends"] = np.zeros(n, bool), ~np.all(follows, axis=1)
@@ -817,9 +822,7 @@ def load_task(args: Args) -> tuple[Columns, Callable | None, tuple | None]:
         longest = int(np.diff(np.flatnonzero(columns["ends"]), prepend=-1, append=len(columns["ends"]) - 1).max())
         evaluated = gym_id and args.eval_episodes
         if evaluated:
-            hint = (
-                "; Adroit, AntMaze and kitchen need gymnasium-robotics, kitchen also mujoco<3.12, MUJOCO_GL its library"
-            )
+            hint = "; Adroit, AntMaze, kitchen: install gymnasium-robotics, for kitchen mujoco<3.12; or unset MUJOCO_GL"
             env = make_env()
             shapes, hint = (env.observation_space.shape, env.action_space.shape), ""
             if shapes != (columns["observations"].shape[1:], columns["actions"].shape[1:]):
@@ -830,7 +833,7 @@ def load_task(args: Args) -> tuple[Columns, Callable | None, tuple | None]:
             say(f"note: no evaluation: today's environments differ from that of {args.env_id}")
         beyond = (np.abs(columns["actions"]) > 1.001).mean()
         if beyond and not evaluated:
-            raise ValueError("actions are not in [-1, 1], and no environment tells their range")
+            raise ValueError("actions exceed [-1, 1], and no environment is loaded that tells their range")
     except Exception as error:  # a damaged file, the network, Minari: each raises its own
         close = difflib.get_close_matches(args.env_id, [*MINI_IDS, *D4RL, *gym.registry])
         hint += f"; close ids: {', '.join(close)}" if close and args.env_id not in close else ""
@@ -848,7 +851,7 @@ def make_transitions(columns: Columns, args: Args) -> tuple[np.ndarray, dict[str
     if not keep.any():
         fail("the data hold no transition: timeout rows and the last one do not count")
     returns = np.add.reduceat(r, np.flatnonzero(np.append(True, columns["ends"][:-1])))
-    spread = np.ptp(returns)  # equal but for rounding: as they are
+    spread = np.ptp(returns)  # if all are equal up to rounding, rewards stay as they are
     shift, scale = {
         "none": (0.0, 1.0),
         "return-range": (0.0, 1_000 / spread if spread > 1e-6 * np.abs(returns).max() else 1.0),
@@ -898,7 +901,7 @@ def evaluate(act: Callable, envs: Any, seeds: list[int], stop: list[int]) -> dic
 
 # -------------------------------------------------------------------------------------------------- Speed, checkpoints
 class Graphed:
-    """A function as a CUDA graph. No number of Python in it may change. Each call overwrites the last result."""
+    """A function as a CUDA graph: Python numbers are fixed at its capture. Each call overwrites the last result."""
 
     def __init__(self, function: Callable, *generators: torch.Generator) -> None:
         self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
@@ -953,7 +956,8 @@ def parse_args(argv: list[str]) -> Args:
     given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
     saved = load_checkpoint(given.resume)["args"] if given.resume else {}
     preset = find_preset(given)
-    about = f"{Args.__doc__} Defaults from the preset of {given.env_id}: {preset or 'none'}."
+    shown = ", ".join(f"{name} {value}" for name, value in preset.items())
+    about = f"{Args.__doc__} Defaults from the preset of {given.env_id}: {shown or 'none'}."
     default = Args(**(preset | {"env_id": given.env_id} | saved | {"resume": given.resume}))
     return tyro.cli(Args, args=argv, default=default, description=about)
 
@@ -1200,7 +1204,7 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
         if step >= args.offline_updates:
             interact()
             count += 1
-        offline = count < args.batch_size
+        offline = count < args.batch_size  # until one batch of online data is there
         share = 0 if args.augmentation == "none" else args.synthetic_ratio
         n = args.batch_size if offline else round(share * args.batch_size)
         # Real offline data until the first round, for edis and synther too

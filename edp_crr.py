@@ -6,7 +6,7 @@ Wang et al., Critic Regularized Regression, 2020, arXiv 2006.15134 (the weights)
     forward noising       a^k = sqrt(abar^k) a^0 + sqrt(1 - abar^k) epsilon                      Diffusion.add_noise
     action approximation  a_hat^0 = (a^k - sqrt(1 - abar^k) epsilon_theta) / sqrt(abar^k)        Diffusion.approximate
     diffusion loss        E ||epsilon - epsilon_theta(a^k, k; s)||^2                             make_update
-    weighted regression   E f ||a - a_hat^0||^2, or a loss of epsilon_theta weighted by f        make_update
+    weighted regression   E f ||a - a_hat^0||^2, or the noise loss weighted by f and elbo_weight  make_update
     advantage             Q(s, a) - E Q(s, a'), a' ~ N(a_hat^0, I)                               crr_advantage
     weight                f_CRR = exp(advantage / tau_CRR), or 1(advantage > 0)                  crr_weight
     critics               Q on r + gamma min Q'(s', a'), a' a sample of the target policy        make_update
@@ -63,16 +63,16 @@ class Args:
     save_every: int = 10_000  # updates between two checkpoints; each replaces the one before
     resume: str | None = None  # run folder to continue; its arguments are the defaults
     runs_dir: str = "runs"  # where run folders are made
-    track: bool = False  # log to Weights & Biases (entity, group and mode: its WANDB_* environment variables)
+    track: bool = False  # log to Weights & Biases; WANDB_* environment variables set entity, group and mode
     wandb_project: str = "edp"  # Weights & Biases project
     # data
     env_id: str = "hopper-medium-replay-mini"  # id of bundled data, D4RL or Minari; any environment with --dataset-path
     dataset_path: str | None = None  # HDF5 file in D4RL's layout to train on instead of the id's own data
     reward_transform: Literal["none", "return-range", "minus-one", "times-four", "min-max"] = "none"
-    """r; 1000 r / (best - worst return); r - 1 or 4 (r - 0.5) (AntMaze); r scaled to [-1, 1] (Adroit, kitchen)"""
+    """r; 1000 r / (best - worst return); r - 1 or 4 (r - 0.5), for AntMaze; r scaled to [-1, 1], for Adroit, kitchen"""
     normalize_observations: bool = False  # shift and scale each dimension to mean 0 and deviation 1
     # evaluation
-    eval_only: bool = False  # only evaluate, with --resume a trained run, in a run folder of its own
+    eval_only: bool = False  # evaluate without training: the run of --resume, into a new run folder
     eval_every: int = 10_000  # updates between two evaluations
     eval_episodes: int = 10  # episodes per evaluation, all run side by side; 0: no evaluation
     eval_candidates: int = 50  # N, actions sampled per decision, of which Q selects one; 1: no selection
@@ -90,7 +90,7 @@ class Args:
     diffusion_coef: float = 1.0  # coefficient of the diffusion (behaviour-cloning) loss
     guidance_coef: float = 1.0  # coefficient of the weighted regression
     likelihood: Literal["mse", "elbo", "simple"] = "mse"
-    """weighted regression: of a_hat^0, of the noise as in the ELBO, or of the noise with weights of mean 1"""
+    """weighted regression of a_hat^0; of the noise, with the ELBO's weights; of the noise, with weights f / mean f"""
     advantage_samples: int = 10  # actions around a_hat^0 that the advantage compares with
     advantage_baseline: Literal["mean", "max"] = "mean"  # mean or maximum of their Q
     weight: Literal["exp", "binary"] = "exp"  # exp(advantage / temperature), or 1 where the advantage is positive
@@ -190,9 +190,10 @@ class Diffusion:
         self.posterior_a0 = table(beta * alpha_bar_prev**0.5 / (1 - alpha_bar))
         self.posterior_ak = table((1 - alpha_bar_prev) * (1 - beta) ** 0.5 / (1 - alpha_bar))
         self.posterior_std = table((beta * (1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5)
-        # DPM-Solver calls the network at times t; log alpha_t is linear between the t = k / K. It starts at 1, or where
-        # the signal is not lost to rounding yet, and ends at 1e-3, or at the first step (the official code: NaN)
-        t = np.linspace((alpha_bar > 1e-5).sum() / self.K, max(1e-3, 1 / self.K), steps + 1)
+        # DPM-Solver calls the network at times t; log alpha_t is linear between the t = k / K. It starts at 1, with a
+        # schedule that loses the signal later: its steps would be too long. It ends at 1e-3 or step 1 (official: NaN)
+        lost = 5e-4 if alpha_bar[-1] < 1e-5 else 0
+        t = np.linspace((alpha_bar > lost).sum() / self.K, max(1e-3, 1 / self.K), steps + 1)
         log_alpha = np.interp(t, k / self.K, 0.5 * np.log(alpha_bar))
         log_sigma = 0.5 * np.log(1 - np.exp(2 * log_alpha))
         self.alpha, self.sigma = np.exp(log_alpha).tolist(), np.exp(log_sigma).tolist()
@@ -260,7 +261,7 @@ class Diffusion:
 
 # ----------------------------------------------------------------------------------------------------------- Algorithm
 def crr_advantage(critic: Critic, s: Tensor, q: Tensor, a_hat_0: Tensor, z: Tensor, baseline: str) -> Tensor:
-    """q = Q(s, a) (B,) - mean or maximum of Q(s, a_hat^0 + z) over standard normal z (M, B, A); (B,)."""
+    """Q(s, a), given as q (B,), less the mean or maximum of Q(s, a_hat^0 + z) over normal z (M, B, A), not clipped."""
     v = critic.min(s.repeat(len(z), 1), (a_hat_0 + z).flatten(0, 1)).view(len(z), -1)
     return q - (v.mean(0) if baseline == "mean" else v.amax(0))
 
@@ -464,7 +465,10 @@ def check(columns: Columns) -> None:
             raise ValueError(f"{key} has values that are not {'0 or 1' if flag else 'finite numbers up to 1e8'}")
         columns[key] = column.reshape(shape).astype(bool if flag else column.dtype)
     if columns["terminals"].mean() > 0.5:
-        say("warning: more than half of the rows are terminal. Are they masks, 1 where an episode goes on?", sys.stderr)
+        say(
+            "warning: more than half of the rows are terminal. Does the file store masks, 1 where not terminal?",
+            sys.stderr,
+        )
     if "timeouts" not in columns:  # as d4rl.qlearning_dataset returns them
         follows = np.isclose(columns["next_observations"], np.roll(columns["observations"], -1, axis=0), atol=1e-6)
         columns["timeouts"], columns["ends"] = np.zeros(n, bool), ~np.all(follows, axis=1)
@@ -493,9 +497,7 @@ def load_task(args: Args) -> tuple[Columns, Callable | None, tuple | None]:
         longest = int(np.diff(np.flatnonzero(columns["ends"]), prepend=-1, append=len(columns["ends"]) - 1).max())
         evaluated = gym_id and args.eval_episodes
         if evaluated:
-            hint = (
-                "; Adroit, AntMaze and kitchen need gymnasium-robotics, kitchen also mujoco<3.12, MUJOCO_GL its library"
-            )
+            hint = "; Adroit, AntMaze, kitchen: install gymnasium-robotics, for kitchen mujoco<3.12; or unset MUJOCO_GL"
             env = make_env()
             shapes, hint = (env.observation_space.shape, env.action_space.shape), ""
             if shapes != (columns["observations"].shape[1:], columns["actions"].shape[1:]):
@@ -506,7 +508,7 @@ def load_task(args: Args) -> tuple[Columns, Callable | None, tuple | None]:
             say(f"note: no evaluation: today's environments differ from that of {args.env_id}")
         beyond = (np.abs(columns["actions"]) > 1.001).mean()
         if beyond and not evaluated:
-            raise ValueError("actions are not in [-1, 1], and no environment tells their range")
+            raise ValueError("actions exceed [-1, 1], and no environment is loaded that tells their range")
     except Exception as error:  # a damaged file, the network, Minari: each raises its own
         close = difflib.get_close_matches(args.env_id, [*MINI_IDS, *D4RL, *gym.registry])
         hint += f"; close ids: {', '.join(close)}" if close and args.env_id not in close else ""
@@ -524,7 +526,7 @@ def make_transitions(columns: Columns, args: Args) -> tuple[np.ndarray, dict[str
     if not keep.any():
         fail("the data hold no transition: timeout rows and the last one do not count")
     returns = np.add.reduceat(r, np.flatnonzero(np.append(True, columns["ends"][:-1])))
-    spread = np.ptp(returns)  # equal but for rounding: as they are
+    spread = np.ptp(returns)  # if all are equal up to rounding, rewards stay as they are
     shift, scale = {
         "none": (0.0, 1.0),
         "return-range": (0.0, 1_000 / spread if spread > 1e-6 * np.abs(returns).max() else 1.0),
@@ -582,7 +584,7 @@ def make_optimizers(args: Args, networks: dict[str, Any], *names: str) -> tuple[
 
 
 class Graphed:
-    """A function as a CUDA graph. No number of Python in it may change. Each call overwrites the last result."""
+    """A function as a CUDA graph: Python numbers are fixed at its capture. Each call overwrites the last result."""
 
     def __init__(self, function: Callable, *generators: torch.Generator) -> None:
         self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
@@ -637,7 +639,8 @@ def parse_args(argv: list[str]) -> Args:
     given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
     saved = load_checkpoint(given.resume)["args"] if given.resume else {}
     preset = find_preset(given)
-    about = f"{Args.__doc__} Defaults from the preset of {given.env_id}: {preset or 'none'}."
+    shown = ", ".join(f"{name} {value}" for name, value in preset.items())
+    about = f"{Args.__doc__} Defaults from the preset of {given.env_id}: {shown or 'none'}."
     default = Args(**(preset | {"env_id": given.env_id} | saved | {"resume": given.resume}))
     return tyro.cli(Args, args=argv, default=default, description=about)
 

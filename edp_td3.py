@@ -6,7 +6,8 @@ Wang et al., Diffusion Policies as an Expressive Policy Class for Offline RL, IC
     forward noising       a^k = sqrt(abar^k) a^0 + sqrt(1 - abar^k) epsilon                      Diffusion.add_noise
     action approximation  a_hat^0 = (a^k - sqrt(1 - abar^k) epsilon_theta) / sqrt(abar^k)        Diffusion.approximate
     diffusion loss        E ||epsilon - epsilon_theta(a^k, k; s)||^2                             make_update
-    policy improvement    -lambda E Q(s, a_hat^0), lambda = eta / E |Q|                          q_loss
+    policy improvement    -lambda E Q(s, a_hat^0), lambda = eta / E |Q|; one critic, at random   q_loss, make_update
+    Diffusion-QL          the same at a whole sample instead of a_hat^0, and DIFFUSION_QL         make_update
     critics               Q on r + gamma min Q'(s', a'), a' a sample of the target policy        make_update
     max-Q backup          min over the critics of the best of N candidates a'                    max_q_backup
     sampler               DPM-Solver (Lu et al., 2022, arXiv 2206.00927)                         Diffusion.dpm_solver
@@ -63,16 +64,16 @@ class Args:
     save_every: int = 10_000  # updates between two checkpoints; each replaces the one before
     resume: str | None = None  # run folder to continue; its arguments are the defaults
     runs_dir: str = "runs"  # where run folders are made
-    track: bool = False  # log to Weights & Biases (entity, group and mode: its WANDB_* environment variables)
+    track: bool = False  # log to Weights & Biases; WANDB_* environment variables set entity, group and mode
     wandb_project: str = "edp"  # Weights & Biases project
     # data
     env_id: str = "hopper-medium-replay-mini"  # id of bundled data, D4RL or Minari; any environment with --dataset-path
     dataset_path: str | None = None  # HDF5 file in D4RL's layout to train on instead of the id's own data
     reward_transform: Literal["none", "return-range", "minus-one", "times-four", "min-max"] = "none"
-    """r; 1000 r / (best - worst return); r - 1 or 4 (r - 0.5) (AntMaze); r scaled to [-1, 1] (Adroit, kitchen)"""
+    """r; 1000 r / (best - worst return); r - 1 or 4 (r - 0.5), for AntMaze; r scaled to [-1, 1], for Adroit, kitchen"""
     normalize_observations: bool = False  # shift and scale each dimension to mean 0 and deviation 1
     # evaluation
-    eval_only: bool = False  # only evaluate, with --resume a trained run, in a run folder of its own
+    eval_only: bool = False  # evaluate without training: the run of --resume, into a new run folder
     eval_every: int = 10_000  # updates between two evaluations
     eval_episodes: int = 10  # episodes per evaluation, all run side by side; 0: no evaluation
     eval_candidates: int = 50  # N, actions sampled per decision, of which Q selects one; 1: no selection
@@ -176,7 +177,7 @@ class Diffusion:
         self.K, steps, order = args.diffusion_steps, args.sampler_steps, args.solver_order
         table, k = partial(torch.as_tensor, dtype=torch.float32, device=device), np.arange(1, self.K + 1)
         beta = np.linspace(0.1 / self.K, 20 / self.K, self.K)  # 1e-4 to 0.02 at K = 1000
-        if args.beta_schedule == "vp":  # the continuous process of the linear schedule, in K steps
+        if args.beta_schedule == "vp":  # beta from 0.1 to 10 in continuous time
             beta = -np.expm1(-0.1 / self.K - 0.5 * (10 - 0.1) * (2 * k - 1) / self.K**2)
         alpha_bar = np.cumprod(1 - beta)
         alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
@@ -190,9 +191,10 @@ class Diffusion:
         self.posterior_a0 = table(beta * alpha_bar_prev**0.5 / (1 - alpha_bar))
         self.posterior_ak = table((1 - alpha_bar_prev) * (1 - beta) ** 0.5 / (1 - alpha_bar))
         self.posterior_std = table((beta * (1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5)
-        # DPM-Solver calls the network at times t; log alpha_t is linear between the t = k / K. It starts at 1, or where
-        # the signal is not lost to rounding yet, and ends at 1e-3, or at the first step (the official code: NaN)
-        t = np.linspace((alpha_bar > 1e-5).sum() / self.K, max(1e-3, 1 / self.K), steps + 1)
+        # DPM-Solver calls the network at times t; log alpha_t is linear between the t = k / K. It starts at 1, with a
+        # schedule that loses the signal later: its steps would be too long. It ends at 1e-3 or step 1 (official: NaN)
+        lost = 5e-4 if alpha_bar[-1] < 1e-5 else 0
+        t = np.linspace((alpha_bar > lost).sum() / self.K, max(1e-3, 1 / self.K), steps + 1)
         log_alpha = np.interp(t, k / self.K, 0.5 * np.log(alpha_bar))
         log_sigma = 0.5 * np.log(1 - np.exp(2 * log_alpha))
         self.alpha, self.sigma = np.exp(log_alpha).tolist(), np.exp(log_sigma).tolist()
@@ -260,7 +262,7 @@ class Diffusion:
 
 # ----------------------------------------------------------------------------------------------------------- Algorithm
 def q_loss(q: Tensor, scale: Tensor, eta: float) -> Tensor:
-    """-lambda E Q, lambda = eta / E |scale| without gradient; Q (B,) of one critic, the scale of it or of the other."""
+    """-lambda E q, lambda = eta / E |scale| without gradient; q (B,) of one critic, scale of it or of the other."""
     return -eta / scale.detach().abs().mean() * q.mean()
 
 
@@ -371,7 +373,6 @@ MINI: dict[str, Any] = {
 }  # fmt: skip
 # Hopper's medium policy is fast but falls after about 340 steps: only critics that look further ahead can tell.
 FAR_SIGHTED = {"gamma": 0.995, "tau": 0.05}
-# Its authors' settings
 DIFFUSION_QL = {"sampler": "ddpm", "beta_schedule": "vp", "diffusion_steps": 5, "eta": 1.0, "tau": 0.005}
 TASKS: dict[str, Any] = {  # agent: preset, environment, its options, D4RL's returns of a random and an expert policy
     "hopper": (LOCOMOTION, "Hopper-v4", {}, (-20.272305, 3234.3)),
@@ -467,7 +468,10 @@ def check(columns: Columns) -> None:
             raise ValueError(f"{key} has values that are not {'0 or 1' if flag else 'finite numbers up to 1e8'}")
         columns[key] = column.reshape(shape).astype(bool if flag else column.dtype)
     if columns["terminals"].mean() > 0.5:
-        say("warning: more than half of the rows are terminal. Are they masks, 1 where an episode goes on?", sys.stderr)
+        say(
+            "warning: more than half of the rows are terminal. Does the file store masks, 1 where not terminal?",
+            sys.stderr,
+        )
     if "timeouts" not in columns:  # as d4rl.qlearning_dataset returns them
         follows = np.isclose(columns["next_observations"], np.roll(columns["observations"], -1, axis=0), atol=1e-6)
         columns["timeouts"], columns["ends"] = np.zeros(n, bool), ~np.all(follows, axis=1)
@@ -496,9 +500,7 @@ def load_task(args: Args) -> tuple[Columns, Callable | None, tuple | None]:
         longest = int(np.diff(np.flatnonzero(columns["ends"]), prepend=-1, append=len(columns["ends"]) - 1).max())
         evaluated = gym_id and args.eval_episodes
         if evaluated:
-            hint = (
-                "; Adroit, AntMaze and kitchen need gymnasium-robotics, kitchen also mujoco<3.12, MUJOCO_GL its library"
-            )
+            hint = "; Adroit, AntMaze, kitchen: install gymnasium-robotics, for kitchen mujoco<3.12; or unset MUJOCO_GL"
             env = make_env()
             shapes, hint = (env.observation_space.shape, env.action_space.shape), ""
             if shapes != (columns["observations"].shape[1:], columns["actions"].shape[1:]):
@@ -509,7 +511,7 @@ def load_task(args: Args) -> tuple[Columns, Callable | None, tuple | None]:
             say(f"note: no evaluation: today's environments differ from that of {args.env_id}")
         beyond = (np.abs(columns["actions"]) > 1.001).mean()
         if beyond and not evaluated:
-            raise ValueError("actions are not in [-1, 1], and no environment tells their range")
+            raise ValueError("actions exceed [-1, 1], and no environment is loaded that tells their range")
     except Exception as error:  # a damaged file, the network, Minari: each raises its own
         close = difflib.get_close_matches(args.env_id, [*MINI_IDS, *D4RL, *gym.registry])
         hint += f"; close ids: {', '.join(close)}" if close and args.env_id not in close else ""
@@ -527,7 +529,7 @@ def make_transitions(columns: Columns, args: Args) -> tuple[np.ndarray, dict[str
     if not keep.any():
         fail("the data hold no transition: timeout rows and the last one do not count")
     returns = np.add.reduceat(r, np.flatnonzero(np.append(True, columns["ends"][:-1])))
-    spread = np.ptp(returns)  # equal but for rounding: as they are
+    spread = np.ptp(returns)  # if all are equal up to rounding, rewards stay as they are
     shift, scale = {
         "none": (0.0, 1.0),
         "return-range": (0.0, 1_000 / spread if spread > 1e-6 * np.abs(returns).max() else 1.0),
@@ -585,7 +587,7 @@ def make_optimizers(args: Args, networks: dict[str, Any], *names: str) -> tuple[
 
 
 class Graphed:
-    """A function as a CUDA graph. No number of Python in it may change. Each call overwrites the last result."""
+    """A function as a CUDA graph: Python numbers are fixed at its capture. Each call overwrites the last result."""
 
     def __init__(self, function: Callable, *generators: torch.Generator) -> None:
         self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
@@ -640,7 +642,8 @@ def parse_args(argv: list[str]) -> Args:
     given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
     saved = load_checkpoint(given.resume)["args"] if given.resume else {}
     preset = find_preset(given)
-    about = f"{Args.__doc__} Defaults from the preset of {given.env_id}: {preset or 'none'}."
+    shown = ", ".join(f"{name} {value}" for name, value in preset.items())
+    about = f"{Args.__doc__} Defaults from the preset of {given.env_id}: {shown or 'none'}."
     default = Args(**(preset | {"env_id": given.env_id} | saved | {"resume": given.resume}))
     return tyro.cli(Args, args=argv, default=default, description=about)
 

@@ -120,9 +120,9 @@ def test_a_cosine_schedule(set_beta):
     f = np.cos((np.arange(1_001) / 1_000 + 0.008) / 1.008 * np.pi / 2) ** 2
     beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
     set_beta(beta)
-    for sampler in ("ddpm", "dpm-solver"):
-        a = sample_gaussian(make_diffusion(1_000, sampler, 60), np.cumprod(1 - beta))
-        assert abs(a.mean() - MEAN) < 0.01 and abs(a.std() - STD) < 0.02, sampler
+    for sampler, steps, accuracy in (("ddpm", 15, 0.02), ("dpm-solver", 60, 0.02), ("dpm-solver", 15, 0.05)):
+        a = sample_gaussian(make_diffusion(1_000, sampler, steps), np.cumprod(1 - beta))
+        assert abs(a.mean() - MEAN) < 0.5 * accuracy and abs(a.std() - STD) < accuracy, (sampler, steps)
 
 
 def test_an_end_that_leaves_noise_is_refused(set_beta, capsys):
