@@ -435,7 +435,8 @@ def read_hdf5(args: Args) -> Columns:
             with suppress(OSError):  # those of requests are OSErrors
                 pooch.retrieve(url, None, path.name, path.parent)  # nothing where the file exists
     if not path.is_file():
-        raise OSError(f"{path} is missing: download it, or copy datasets/ of this script's repository")
+        told = f"Bundled data are in datasets/ of this script's repository, D4RL's at {D4RL_URLS[0]}"
+        raise OSError(f"{path} is missing. {told}; other data need --dataset-path")
     with h5py.File(path, "r", locking=False) as file:  # some file systems have no locks
         columns = {key: np.asarray(file[key]) for key in KEYS if key in file}
         for key in file.keys() & {"episode_terminals", "truncations", "truncated"}:  # timeouts of other tools
@@ -493,9 +494,9 @@ def load_task(args: Args) -> tuple[Columns, Callable | None, tuple | None]:
         if evaluated:
             hint = "; Adroit, AntMaze, kitchen: install gymnasium-robotics, for kitchen mujoco<3.12; or unset MUJOCO_GL"
             env = make_env()
-            shapes, hint = (env.observation_space.shape, env.action_space.shape), ""
-            if shapes != (columns["observations"].shape[1:], columns["actions"].shape[1:]):
-                raise ValueError(f"{env.spec.id} has shapes {shapes} of observations and actions, the data have others")
+            hint, shapes = "", (env.observation_space.shape, env.action_space.shape)
+            if shapes != (ours := (columns["observations"].shape[1:], columns["actions"].shape[1:])):
+                raise ValueError(f"{env.spec.id} has observations and actions of shapes {shapes}, the data {ours}")
             low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
             columns["actions"] = (columns["actions"] - (high + low) / 2) / ((high - low) / 2)
         elif gym_id is None:
@@ -667,6 +668,8 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
     digest = hashlib.sha256(transitions.tobytes()).hexdigest()
     if saved.get("data", digest) != digest:
         fail("the data are not those that the resumed run was trained on")
+    if args.eval_only and not saved:
+        fail("--eval-only needs --resume")
     obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
     data = torch.as_tensor(transitions, device=device)
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}")
