@@ -178,7 +178,7 @@ def summary_table(runs: Runs, names: Iterable[str]) -> list[str]:
                 cells[-1] += "\\*"
                 note = [
                     "",
-                    "\\* At target rate 0.05, where critics diverge. Elsewhere 0.005, as Diffusion-QL's authors have it.",
+                    "\\* At target rate 0.05, where critics diverge; elsewhere at its authors' 0.005.",
                 ]
             cells[-1] += f" ({len(jobs)})" if len(jobs) not in (0, 3) else ""
         rows.append(" | ".join(cells))

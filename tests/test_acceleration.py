@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import test_run  # noqa: F401 (has Toy-v0)
 import torch
-from conftest import CPU, ROOT, SCRIPTS, same_run
+from conftest import CPU, ROOT, same_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -139,15 +139,12 @@ def test_a_decision_waits_for_nothing(sampler):
     assert reads.count == 0
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_updates_wait_for_nothing(run, name):
+def test_updates_wait_for_nothing(run, script):
     """More updates between two logs, no more reads."""
-    script, counts = importlib.import_module(name), []
-    rare = ["--log-every", 99, "--save-every", 99, "--eval-every", 99]
+    counts, rare = [], ["--log-every", 99, "--save-every", 99, "--eval-every", 99]
     for updates in (4, 7):
-        flags = ["--num-updates", updates]
         with HostReads() as reads:
-            run(script, *rare, *flags, env_id="Toy-v0")
+            run(script, *rare, "--num-updates", updates, env_id="Toy-v0")
         counts.append(reads.count)
     assert counts[0] == counts[1] > 0
 

@@ -1,7 +1,4 @@
-"""Data: D4RL's rows, transforms, downloads, bad files, Minari, bundled sets.
-
-The code is the same in all scripts (test_shared_code.py): edp_iql stands for them.
-"""
+"""Data: D4RL's rows, transforms, downloads, bad files, Minari, bundled sets. edp_iql stands for all scripts."""
 
 import http.server
 import json
@@ -13,11 +10,9 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, error_of, make_columns, write_hdf5
+from conftest import ROOT, error_of, make_columns, record_minari, write_hdf5
 
 import edp_iql
-
-BUNDLED = ("hopper-medium-mini", "hopper-medium-replay-mini", "hopper-medium-expert-mini")
 
 
 def args_of(**changes):
@@ -34,41 +29,33 @@ def load(path, env_id="Hopper-v4", **changes):
     return edp_iql.load_task(args_of(env_id=env_id, dataset_path=str(path), **changes))
 
 
-# --------------------------------------------------------------------------------------------------------------- rows
 def reference_rows(columns):
     """Rows that D4RL's qlearning_dataset keeps, one row at a time: all but timeouts and the last one."""
-    kept = [i for i in range(len(columns["rewards"]) - 1) if not columns["timeouts"][i]]
-    rows = []
-    for i in kept:
-        following = (
-            columns["next_observations"][i] if "next_observations" in columns else columns["observations"][i + 1]
-        )
-        actions = columns["actions"][i].clip(-0.999, 0.999)
-        row = (columns["observations"][i], actions, following, columns["rewards"][i], 1.0 - columns["terminals"][i])
-        rows.append(np.hstack(row))
+    obs, rows = columns["observations"], []
+    following = columns.get("next_observations", obs[1:])
+    for i in range(len(obs) - 1):
+        if not columns["timeouts"][i]:
+            action, mask = columns["actions"][i].clip(-0.999, 0.999), 1.0 - columns["terminals"][i]
+            rows.append(np.hstack([obs[i], action, following[i], columns["rewards"][i], mask]))
     return np.array(rows, np.float32)
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("with_next", [True, False])
-def test_rows_of_qlearning_dataset(seed, with_next):
-    columns, rng = make_columns(rows=300, seed=seed), np.random.default_rng(seed)
-    columns["terminals"], columns["timeouts"] = rng.random((2, 300)) < 0.04
+@pytest.mark.parametrize("drop", ["", "next_observations"])
+def test_rows_of_qlearning_dataset(drop):
+    columns = make_columns(rows=1_500)
+    columns["terminals"], columns["timeouts"] = np.random.default_rng(0).random((2, 1_500)) < 0.04
     columns["actions"][::7] = 1.0
-    if not with_next:
-        del columns["next_observations"]
-    expected = reference_rows(columns)
+    columns.pop(drop, None)
     transitions, transform = transitions_of(columns)
     assert transitions.dtype == np.float32 and transform["scale"] == 1
-    np.testing.assert_array_equal(transitions, expected)
+    np.testing.assert_array_equal(transitions, reference_rows(columns))
 
 
 def test_returns_of_a_dump_of_qlearning_dataset():
     """No timeouts, no timeout rows: an episode also ends where the next row does not go on."""
     columns = make_columns(rows=600)
-    columns["next_observations"][:-1] = np.where(
-        (columns["terminals"] | columns["timeouts"])[:-1, None], 9.0, columns["observations"][1:]
-    )
+    goes_on = ~(columns["terminals"] | columns["timeouts"])[:-1]
+    columns["next_observations"][:-1][goes_on] = columns["observations"][1:][goes_on]
     rows = {key: column[:-1][~columns["timeouts"][:-1]] for key, column in columns.items()}
     del rows["timeouts"]
     starts, ends = range(0, 600, 50), columns["timeouts"]
@@ -79,19 +66,9 @@ def test_returns_of_a_dump_of_qlearning_dataset():
         assert (transitions[:, -1] == 0).sum() == 6  # terminals, not all ends
 
 
-def test_neither_timeouts_nor_next_observations(tmp_path, capsys):
-    """Which rows follow each other is not known."""
-    columns = make_columns()
-    for key in ("timeouts", "next_observations"):
-        del columns[key]
-    line = error_of(capsys, lambda: load(write_hdf5(tmp_path / "own.hdf5", columns)))
-    assert "timeouts" in line and "next_observations" in line
-
-
 def test_transforms():
-    columns = {**make_columns(rows=6), "terminals": np.array([0, 1, 0, 0, 0, 0], bool)}
-    columns["rewards"] = np.array([1, 2, 3, 4, 5, 6], np.float32)
-    columns["timeouts"] = np.array([0, 0, 0, 1, 0, 0], bool)  # returns 3, 7 and, unfinished, 11
+    columns = {**make_columns(rows=6), "rewards": np.arange(1, 7, dtype=np.float32)}  # returns 3, 7, unfinished 11
+    columns["terminals"], columns["timeouts"] = np.array([[0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0]], bool)
     expected = {"none": 1.0, "return-range": 1000 / 8, "minus-one": 0.0, "times-four": 2.0, "min-max": -1.0}
     for name, first in expected.items():
         rows, t = transitions_of(columns, reward_transform=name)
@@ -99,29 +76,29 @@ def test_transforms():
         np.testing.assert_allclose(rows[:, 25], t["scale"] * (np.array([1, 2, 3, 5]) + t["shift"]), rtol=1e-6)
     columns["observations"] *= np.arange(1, 12, dtype=np.float32)
     rows, t = transitions_of(columns, normalize_observations=True)
-    seen = (columns["observations"] - t["mean"]) / t["std"]
-    np.testing.assert_allclose(seen.mean(0), 0, atol=1e-5)
-    np.testing.assert_allclose(seen.std(0), 1, rtol=1e-5)
-    np.testing.assert_allclose(rows[:, :11], seen[[0, 1, 2, 4]], rtol=1e-4, atol=1e-5)
-    following = (columns["next_observations"] - t["mean"]) / t["std"]
-    np.testing.assert_allclose(rows[:, 14:25], following[[0, 1, 2, 4]], rtol=1e-4, atol=1e-5)
+    mean, std = columns["observations"].mean(0), columns["observations"].std(0)
+    np.testing.assert_allclose([t["mean"], t["std"]], [mean, std], rtol=1e-5, atol=1e-5)
+    for part, key in ((rows[:, :11], "observations"), (rows[:, 14:25], "next_observations")):
+        np.testing.assert_allclose(part, (columns[key][[0, 1, 2, 4]] - mean) / std, rtol=1e-4, atol=1e-5)
 
 
-def test_columns_of_any_type_and_shape(tmp_path):
-    """(N, 1), integers and float64 are read as what they mean."""
+@pytest.mark.parametrize("name", ["timeouts", "episode_terminals", "truncations", "truncated"])
+def test_columns_of_other_names_types_and_shapes(tmp_path, name):
+    """(N, 1), integers and float64; ends as d3rlpy and others write them: at terminal rows too."""
     columns = make_columns()
-    odd = {key: columns[key].reshape(-1, 1) for key in ("rewards", "terminals", "timeouts")}
-    odd["terminals"] = odd["terminals"].astype(np.int64)
-    odd["timeouts"] = odd["timeouts"].astype(np.float64)
-    odd["observations"] = columns["observations"].astype(np.float64)
-    read = load(write_hdf5(tmp_path / "odd.hdf5", columns | odd))[0]
-    assert read["rewards"].shape == (600,)
-    np.testing.assert_array_equal(edp_iql.make_transitions(read, args_of())[0], reference_rows(columns))
+    del columns["next_observations"]
+    expected, ends = reference_rows(columns), columns.pop("timeouts")
+    columns[name] = (ends if name == "timeouts" else ends | columns["terminals"]).reshape(-1, 1).astype(np.float64)
+    columns["terminals"] = columns["terminals"].reshape(-1, 1).astype(np.int64)
+    columns["rewards"] = columns["rewards"].reshape(-1, 1)
+    columns["observations"] = columns["observations"].astype(np.float64)
+    read = load(write_hdf5(tmp_path / "odd.hdf5", columns))[0]
+    np.testing.assert_array_equal(edp_iql.make_transitions(read, args_of())[0], expected)
 
 
-# ---------------------------------------------------------------------------------------------------------- bad files
 BAD = {
     "has no actions": lambda c: c.pop("actions"),
+    "needs timeouts or next_observations": lambda c: (c.pop("timeouts"), c.pop("next_observations")),
     "rewards has shape": lambda c: c.update(rewards=c["rewards"][:-1]),
     "actions has shape": lambda c: c.update(actions=c["actions"][:-1]),
     "next_observations has shape": lambda c: c.update(next_observations=c["next_observations"][:, 1:]),
@@ -131,6 +108,8 @@ BAD = {
     "rewards": lambda c: c.update(rewards="text"),
     "timeouts has shape": lambda c: c.update(timeouts=h5py.Empty("f4")),
     "terminals has values": lambda c: c.update(terminals=np.full(600, 0.5)),
+    "no transition": lambda c: c.update({key: column[:1] for key, column in c.items()}),
+    "hold no transition": lambda c: c.update({key: column[:0] for key, column in c.items()}),
 }
 
 
@@ -138,33 +117,23 @@ BAD = {
 def test_bad_content(tmp_path, capsys, message):
     columns = make_columns()
     BAD[message](columns)
-    line = error_of(capsys, lambda: load(write_hdf5(tmp_path / "bad.hdf5", columns)))
-    assert message.split(" has shape")[0] in line and "bad.hdf5" in line
+    path = write_hdf5(tmp_path / "bad.hdf5", columns)
+    line = error_of(capsys, lambda: edp_iql.make_transitions(load(path)[0], args_of()))
+    assert message.split(" has shape")[0] in line and ("bad.hdf5" in line or "no transition" in message)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"<html>not data</html>", "half", "folder"])
+@pytest.mark.parametrize("content", ["nothing", "folder", "half", b"", b"<html>not data</html>"])
 def test_not_a_data_file(tmp_path, capsys, content):
-    path = tmp_path / "bad.hdf5"
+    path, whole = tmp_path / "bad.hdf5", write_hdf5(tmp_path / "whole.hdf5", make_columns()).read_bytes()
     if content == "folder":
         path.mkdir()
-    elif content == "half":
-        whole = write_hdf5(tmp_path / "whole.hdf5", make_columns()).read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-    elif content is not None:
-        path.write_bytes(content)
+    elif content != "nothing":
+        path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
     assert "bad.hdf5" in error_of(capsys, lambda: load(path))
-
-
-def test_no_transition(capsys):
-    for rows in (1, 0):
-        columns = make_columns(rows=rows)
-        assert "no transition" in error_of(capsys, lambda c=columns: transitions_of(c))
 
 
 def test_masks_given_as_terminals_are_told(tmp_path, capsys):
     columns = make_columns()
-    load(write_hdf5(tmp_path / "good.hdf5", columns))
-    assert "warning" not in capsys.readouterr().err
     load(write_hdf5(tmp_path / "masks.hdf5", columns | {"terminals": ~columns["terminals"]}))
     assert "warning: more than half of the rows are terminal" in capsys.readouterr().err
 
@@ -177,7 +146,6 @@ def test_a_file_that_is_only_read(hopper_file, monkeypatch):
     assert len(load(hopper_file)[0]["rewards"]) == 600 and opened[0]["locking"] is False
 
 
-# -------------------------------------------------------------------------------------------------------- environment
 def test_wrong_environments(tmp_path, hopper_file, capsys):
     """Other shapes, actions that are no vectors, actions out of range without an environment that tells it."""
     for env_id, told in (("walker2d-medium-v2", "Walker2d-v4"), ("Pendulum-v1", "Pendulum"), ("CartPole-v1", "Box")):
@@ -204,63 +172,29 @@ def test_actions_of_another_range(tmp_path, capsys):
     assert "warning: 10.0% of the actions" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["episode_terminals", "truncations", "truncated"])
-def test_ends_of_episodes_by_other_names(tmp_path, name):
-    """As d3rlpy and others write them: at terminal rows too."""
-    columns = make_columns()
-    del columns["next_observations"]
-    expected = transitions_of(columns)[0]
-    columns[name] = (columns.pop("timeouts") | columns["terminals"]).reshape(-1, 1)
-    read = load(write_hdf5(tmp_path / "own.hdf5", columns))[0]
-    np.testing.assert_array_equal(edp_iql.make_transitions(read, args_of())[0], expected)
-
-
-class Endless(gym.Env):
-    """No step limit, and no end."""
-
-    observation_space, action_space = gym.spaces.Box(-1, 1, (11,)), gym.spaces.Box(-1, 1, (3,))
-
-    def reset(self, *, seed=None, options=None):
-        return np.zeros(11, np.float32), {}
-
-    def step(self, action):
-        return np.zeros(11, np.float32), 0.0, False, False, {}
-
-
-gym.register("Endless-v0", entry_point="test_data:Endless")
-
-
-def test_an_environment_without_step_limit(hopper_file):
-    """Its episodes are as long as the longest of the data: 50 rows."""
-    env, steps = load(hopper_file, "Endless-v0")[1](), 1
-    env.reset()
-    while not env.step(np.zeros(3))[3]:
-        steps += 1
-    assert steps == 50
-
-
-def test_unknown_ids(capsys, hopper_file):
+def test_unknown_ids(capsys, hopper_file, monkeypatch, tmp_path):
     """Close ids are named, with a file too: no run without evaluation by a slip of the keyboard."""
     assert "hopper-medium-v2" in error_of(capsys, lambda: edp_iql.load_task(args_of(env_id="hoper-medium-v2")))
     assert "hopper-medium-v2" in error_of(capsys, lambda: load(hopper_file, "hoper-medium-v2"))
     columns, make_env, reference = load(hopper_file, "my-robot", eval_episodes=0)[:3]
     assert len(columns["rewards"]) == 600 and make_env is None and reference is None
-
-
-def test_a_copied_script_tells_where_the_data_are(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(edp_iql, "__file__", str(tmp_path / "edp_iql.py"))
+    monkeypatch.setattr(edp_iql, "__file__", str(tmp_path / "edp_iql.py"))  # a copied script tells where data are
     line = error_of(capsys, lambda: edp_iql.load_task(edp_iql.Args()))
     assert "hopper-medium-replay-mini.hdf5 is missing" in line and "datasets/" in line
 
 
 def test_a_module_of_ones_own(tmp_path, hopper_file, monkeypatch):
-    """module:Env-v0 imports the module that registers it."""
+    """module:Env-v0 imports the module that registers it. Without a step limit, episodes are as long as the data's."""
     (tmp_path / "my_envs.py").write_text(
-        "import gymnasium as gym\n"
-        "gym.register('MyHop-v0', entry_point='gymnasium.envs.mujoco.hopper_v4:HopperEnv', max_episode_steps=9)\n"
+        "import gymnasium as gym\nfrom gymnasium.envs.mujoco.hopper_v4 import HopperEnv\n"
+        "gym.register('Endless-v0', HopperEnv, kwargs={'terminate_when_unhealthy': False})\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert load(hopper_file, "my_envs:MyHop-v0")[1]().spec.max_episode_steps == 9
+    env, steps = load(hopper_file, "my_envs:Endless-v0")[1](), 1
+    env.reset(seed=0)
+    while not env.step(np.zeros(3))[3]:
+        steps += 1
+    assert steps == 50
 
 
 def test_environments_of_d4rl(monkeypatch, tmp_path):
@@ -280,63 +214,42 @@ def test_environments_of_d4rl(monkeypatch, tmp_path):
         assert len(columns["rewards"]) == 600 and list(reference) == expected
 
 
-# ----------------------------------------------------------------------------------------------------------- downloads
-NAME = "hopper_medium-v2.hdf5"
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path):
-    """A local server: routes maps a path to (status, body, declared length); it keeps the requests."""
-    routes, requests = {}, []
+@pytest.mark.parametrize("case", ["whole", "forbidden", "truncated"])
+def test_download(monkeypatch, hopper_file, tmp_path, capsys, case):
+    """From the mirror where the first address fails; then from the folder."""
+    routes, requests, whole, name = {}, [], hopper_file.read_bytes(), "hopper_medium-v2.hdf5"
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             requests.append(self.path)
-            status, body, length = routes.get(self.path, (404, b"not here", None))
-            head = f"HTTP/1.0 {status} told\r\nContent-Length: {length or len(body)}\r\n\r\n"
-            self.wfile.write(head.encode() + body)
+            status, body, length = routes.get(self.path, (404, b"not here", 8))
+            self.wfile.write(f"HTTP/1.0 {status} told\r\nContent-Length: {length}\r\n\r\n".encode() + body)
 
         log_message = print
 
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    url = f"http://127.0.0.1:{httpd.server_port}"
+    url, args = f"http://127.0.0.1:{server.server_port}", args_of(env_id="hopper-medium-v2")
     monkeypatch.setattr(edp_iql, "D4RL_URLS", (f"{url}/first/", f"{url}/mirror/"))
-    yield routes, requests
-    httpd.shutdown()
+    line = error_of(capsys, lambda: edp_iql.load_task(args))
+    assert name in line and "download" in line
+    size = len(whole)
+    first = {"whole": (200, whole, size), "forbidden": (403, b"", 0), "truncated": (200, whole[:999], size)}
+    routes |= {f"/first/gym_mujoco_v2/{name}": first[case], f"/mirror/{name}": (200, whole, size)}
+    requests.clear()
+    for _ in range(2):
+        assert len(edp_iql.load_task(args)[0]["rewards"]) == 600
+        assert len(requests) == (1 if case == "whole" else 2)
+    assert os.listdir(tmp_path / "d4rl") == [name]
 
 
-@pytest.mark.parametrize("case", ["whole", "forbidden", "truncated"])
-def test_download(server, hopper_file, tmp_path, case):
-    """From the mirror where the first address fails; then from the folder."""
-    (routes, requests), whole = server, hopper_file.read_bytes()
-    routes[f"/mirror/{NAME}"] = (200, whole, None)
-    first = {"whole": (200, whole, None), "forbidden": (403, b"", None), "truncated": (200, whole[:999], len(whole))}
-    routes[f"/first/gym_mujoco_v2/{NAME}"] = first[case]
-    args = args_of(env_id="hopper-medium-v2")
-    assert len(edp_iql.load_task(args)[0]["rewards"]) == 600
-    assert (f"/mirror/{NAME}" in requests) == (case != "whole")
-    assert os.listdir(tmp_path / "d4rl") == [NAME]
-    count = len(requests)
-    edp_iql.load_task(args)
-    assert len(requests) == count
-
-
-def test_download_fails(server, capsys):
-    line = error_of(capsys, lambda: edp_iql.load_task(args_of(env_id="hopper-medium-v2")))
-    assert NAME in line and "download" in line
-
-
-# -------------------------------------------------------------------------------------------------------------- Minari
 class Goal(gym.Env):
     """Dict observations, built in an order that is not the sorted one."""
 
-    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
-    observation_space = gym.spaces.Dict(
-        [("position", gym.spaces.Box(-9, 9, (3,), np.float64)), ("goal", gym.spaces.Box(-9, 9, (1,), np.float64))]
-    )
+    action_space, position = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Box(-9, 9, (3,), np.float64)
+    observation_space = gym.spaces.Dict([("position", position), ("goal", gym.spaces.Box(-9, 9, (1,), np.float64))])
 
     def state(self):
         return {"position": np.full(3, self.t, np.float64), "goal": np.full(1, -1.0)}
@@ -358,21 +271,9 @@ def test_minari(monkeypatch, tmp_path, capsys):
     """Data and environment are flattened alike; an episode that ends with neither flag was cut."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     import minari
-    from minari.data_collector import EpisodeBuffer
 
-    env, episodes = gym.make("MinariGoal-v0"), []
-    for i in range(3):
-        obs = [env.reset(seed=i)[0]]
-        steps = [env.step(env.action_space.sample()) for _ in range(5)]
-        obs += [step[0] for step in steps]
-        rewards, terminations, truncations = ([step[column] for step in steps] for column in (1, 2, 3))
-        if i == 1:
-            truncations = [False] * 5
-        observations = {key: np.stack([o[key] for o in obs]) for key in obs[0]}
-        actions = np.zeros((5, 2), np.float32)
-        episodes.append(EpisodeBuffer(i, i, None, observations, actions, rewards, terminations, truncations))
-    minari.create_dataset_from_buffers("test/goal-v0", episodes, env=env, eval_env="MinariGoal-v0", algorithm_name="x",
-                                       ref_min_score=0.0, ref_max_score=15.0)  # fmt: skip
+    options = {"eval_env": "MinariGoal-v0", "ref_min_score": 0.0, "ref_max_score": 15.0}
+    record_minari("test/goal-v0", gym.make("MinariGoal-v0"), episodes=3, steps=5, cut=[1], **options)
     args = args_of(env_id="test/goal-v0")
     columns, make_env, reference = edp_iql.load_task(args)[:3]
     assert columns["observations"].shape == (15, 4)
@@ -388,8 +289,7 @@ def test_minari(monkeypatch, tmp_path, capsys):
     assert "test/none-v0" in error_of(capsys, lambda: edp_iql.load_task(args_of(env_id="test/none-v0")))
 
 
-# ------------------------------------------------------------------------------------------------------------- bundled
-@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("name", ["hopper-medium-mini", "hopper-medium-replay-mini", "hopper-medium-expert-mini"])
 def test_bundled_set(name):
     """D4RL's layout, the published statistics, and physics that the installed simulator repeats."""
     columns, make_env, reference = edp_iql.load_task(args_of(env_id=name))[:3]

@@ -5,12 +5,10 @@ import importlib
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import EDP, FAST, error_of, make_columns, write_hdf5
-from test_edis_run import FAST as EDIS_FAST
+from conftest import SCRIPTS, argv_of, error_of, make_columns, record_minari, write_hdf5
 
 import edp_iql
 
-SCRIPTS = ("edis_sac", *EDP)
 SETS = {  # Minari id: environment, options
     "D4RL/antmaze/umaze-diverse-v9": ("AntMaze_UMaze-v5", {"continuing_task": False}),
     "D4RL/pen/human-v9": ("AdroitHandPen-v1", {}),
@@ -24,32 +22,17 @@ def minari_sets(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
         import gymnasium_robotics
-        import minari
-        from minari.data_collector import EpisodeBuffer
 
         gym.register_envs(gymnasium_robotics)
         for name, (env_id, options) in SETS.items():
-            env, episodes = gym.make(env_id, max_episode_steps=20, **options), []
-            env.action_space.seed(0)
-            for seed in range(3):
-                obs, actions = [env.reset(seed=seed)[0]], [env.action_space.sample() for _ in range(20)]
-                steps = [env.step(action) for action in actions]
-                obs += [step[0] for step in steps]
-                rewards, terminations, truncations = (
-                    np.array([step[column] for step in steps]) for column in (1, 2, 3)
-                )
-                stacked = {key: np.stack([o[key] for o in obs]) for key in obs[0]} if isinstance(obs[0], dict) else obs
-                data = (stacked, np.array(actions), rewards, terminations, truncations)
-                episodes.append(EpisodeBuffer(seed, seed, None, *data))
-            minari.create_dataset_from_buffers(name, episodes, env=env, algorithm_name="random")
+            record_minari(name, gym.make(env_id, max_episode_steps=20, **options), episodes=3, steps=20)
         yield
 
 
 def train(name, tmp_path, *flags):
     """A run of a few updates with the data set's preset; its arguments and result."""
     script = importlib.import_module(name)
-    fast = (EDIS_FAST if name == "edis_sac" else FAST).split()
-    args = script.parse_args([*fast, "--eval-episodes", "1", "--runs-dir", str(tmp_path / "runs"), *flags])
+    args = script.parse_args(argv_of(script, "--eval-episodes", 1, "--runs-dir", tmp_path / "runs", *flags))
     return args, script.main(args)
 
 

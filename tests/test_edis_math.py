@@ -204,47 +204,32 @@ Q_ROOT = torch.tensor([[0.5, 0, 0], [0.2, 0.4, 0], [0.5, 0.2, 0.3]])
 Q_MEAN = torch.tensor([1.0, 0.4, 1.0])
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """Networks whose energies were trained for q, and its policy 0.4 s + 0.4 e, with the exact denoiser of p."""
-    torch.manual_seed(0)
+@pytest.mark.slow
+def test_trained_energies():
+    """They are log density ratios of noised x, up to a constant: E2(a|s), E3(s'|s, a) too; and they give the target."""
     args = replace(ARGS, pool=4_000, energy_updates=1_200, energy_batch=128, energy_lr=3e-3)
-    networks = {"energies": edis.Energies(1, 1, 64), "actor": lambda s, epsilon: (0.4 * s + 0.4 * epsilon, None)}
-    networks["denoiser_ema"] = GaussianDenoiser(ZERO, (P_ROOT @ P_ROOT.T).tolist())
-    recent = Q_MEAN + torch.randn(8_000, 3) @ Q_ROOT.T
+    energies, denoiser = edis.Energies(1, 1, 64), GaussianDenoiser(ZERO, (P_ROOT @ P_ROOT.T).tolist())
+    networks = {"energies": energies, "denoiser_ema": denoiser, "actor": lambda s, e: (0.4 * s + 0.4 * e, None)}
+    recent = Q_MEAN + torch.randn(8_000, 3) @ Q_ROOT.T  # of q; the denoiser is the exact one of p
     found = edis.train_energies(args, make_edm(64), networks, make_coordinates(3, 1), recent)
     assert 0.11 < found["energies/state_accuracy"] < 0.3  # by chance 1 / 11
-    return networks
 
+    for sigma in (0.05, 0.5, 2.0):
+        x = Q_MEAN + torch.randn(4_000, 3) @ Q_ROOT.T + sigma * torch.randn(4_000, 3)
+        ratios = [torch.zeros(4_000)]  # log p_sigma / q_sigma of the first coordinates
+        for n in (1, 2, 3):
+            p, q = (
+                torch.distributions.MultivariateNormal(mean[:n], (root @ root.T + sigma**2 * torch.eye(3))[:n, :n])
+                for mean, root in ((torch.zeros(3), P_ROOT), (Q_MEAN, Q_ROOT))
+            )
+            ratios.append(p.log_prob(x[:, :n]) - q.log_prob(x[:, :n]))
+            with torch.no_grad():
+                energy = energies.energy(n - 1, x[:, :n], torch.full((len(x),), sigma))
+            exact = ratios[n] - ratios[n - 1]
+            assert (energy - exact).std() < 0.35 * exact.std(), (n, sigma)
 
-def log_density(x, mean, root, sigma):
-    """Of the first coordinates x of N(mean, root root^T), noised."""
-    n = x.shape[1]
-    cov = (root @ root.T + sigma**2 * torch.eye(3))[:n, :n]
-    return torch.distributions.MultivariateNormal(mean[:n], cov).log_prob(x)
-
-
-@pytest.mark.parametrize("sigma", [0.05, 0.5, 2.0])
-def test_energies_are_the_log_density_ratios(trained, sigma):
-    """E1, E2(a|s) and E3(s'|s, a) of noised x, up to a constant: the conditional ones too."""
-    energies = trained["energies"]
-    x = Q_MEAN + torch.randn(4_000, 3) @ Q_ROOT.T + sigma * torch.randn(4_000, 3)
-    ratios = [torch.zeros(4_000)]  # log p_sigma / q_sigma of the first coordinates
-    for n in (1, 2, 3):
-        ratios.append(
-            log_density(x[:, :n], torch.zeros(3), P_ROOT, sigma) - log_density(x[:, :n], Q_MEAN, Q_ROOT, sigma)
-        )
-    for i in range(3):
-        with torch.no_grad():
-            energy = energies.energy(i, x[:, : i + 1], torch.full((len(x),), sigma))
-        exact = ratios[i + 1] - ratios[i]
-        assert (energy - exact).std() < 0.35 * exact.std(), i
-
-
-def test_trained_energies_give_the_target(trained):
     def sample(*scales):
-        guidance = guide(trained["energies"], scales, full=True, clip=10.0)
-        return edis.generate(make_edm(64), trained["denoiser_ema"], 3_000, 3, guidance)
+        return edis.generate(make_edm(64), denoiser, 3_000, 3, guide(energies, scales, full=True, clip=10.0))
 
     whitened = torch.linalg.solve(Q_ROOT, (sample(1, 1, 1) - Q_MEAN).T)  # N(0, I)
     e = whitened * torch.tensor([[0.5], [0.4], [0.3]])  # the links' own noise: s - 1, a - 0.4 s, s' - 0.8 s - 0.5 a
@@ -263,29 +248,20 @@ def a_world(n):
     return x, x[:, 0] + x[:, 4], (x[:, 3] > -1).float()
 
 
-@pytest.mark.parametrize("share", [0.5, 0.2])
-def test_a_share_of_the_batches_is_recent(monkeypatch, share):
+def test_a_share_of_the_batches_is_recent(monkeypatch):
     """Half for the models, as asked for the denoiser; the rest is of all rows alike."""
-    args = replace(ARGS, model_updates=40, denoiser_updates=40, denoiser_recent=share)
-    seen, edm_loss, (x, r, mask) = [], edis.edm_loss, a_world(1_000)
-    y = torch.arange(1_000.0)[:, None].expand(-1, 5) / 1_000
-    if share == 0.5:
-        model = edis.MLP(5, 2)
-        model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][:, 0]))
-        edis.train_model(args, model, edis.Energies(2, 1, 8), x, y, r, mask, 10)
-    else:
-
-        def spy(denoise, x, *draws):
-            seen.append(x[:, 0])
-            return edm_loss(denoise, x, *draws)
-
-        monkeypatch.setattr(edis, "edm_loss", spy)
-        denoiser = edis.Denoiser(5, 8, 1)
-        edis.train_denoiser(args, denoiser, copy.deepcopy(denoiser), y, 10)
-    places = torch.cat(seen)
-    assert len(places) == 40 * 256
-    assert (places >= 0.99).float().mean() == pytest.approx(share + 0.01 * (1 - share), abs=0.02)
-    assert (places < 0.5).float().mean() == pytest.approx(0.5 * (1 - share), abs=0.03)
+    args = replace(ARGS, model_updates=40, denoiser_updates=40, denoiser_recent=0.2)
+    x, seen, edm_loss = torch.arange(1_000.0)[:, None].expand(-1, 5) / 1_000, {0.5: [], 0.2: []}, edis.edm_loss
+    model, denoiser = edis.MLP(5, 2), edis.Denoiser(5, 8, 1)
+    model.register_forward_pre_hook(lambda module, inputs: seen[0.5].append(inputs[0][:, 0]))
+    monkeypatch.setattr(edis, "edm_loss", lambda *inputs: seen[0.2].append(inputs[1][:, 0]) or edm_loss(*inputs))
+    edis.train_model(args, model, edis.Energies(2, 1, 8), x, x, x[:, 0], x[:, 0], 10)
+    edis.train_denoiser(args, denoiser, copy.deepcopy(denoiser), x, 10)
+    for share, batches in seen.items():
+        places = torch.cat(batches)
+        assert len(places) == 40 * 256
+        assert (places >= 0.99).float().mean() == pytest.approx(share + 0.01 * (1 - share), abs=0.02)
+        assert (places < 0.5).float().mean() == pytest.approx(0.5 * (1 - share), abs=0.03)
 
 
 def test_the_learned_dynamics_show_errors_to_the_transition_energy(monkeypatch):
@@ -310,8 +286,7 @@ def test_the_learned_dynamics_show_errors_to_the_transition_energy(monkeypatch):
         return coordinates.normalize(off) + edm.sigma[:-1, None, None] * torch.randn(32, args.pool, 5)
 
     monkeypatch.setattr(edis, "make_pool", make_pool)
-    actor = lambda s, epsilon: (torch.rand(len(s), 1) * 2 - 1, None)  # noqa: E731
-    networks = {"energies": energies, "actor": actor, "denoiser_ema": None}
+    networks = {"energies": energies, "denoiser_ema": None, "actor": lambda s, _: (torch.rand(len(s), 1) * 2 - 1, None)}
     found = edis.train_energies(args, edm, networks, coordinates, coordinates.normalize(x[:8_000]))
     assert found["energies/transition_accuracy"] > 0.25  # by chance 1 / 11
     assert max(found[f"energies/{name}_accuracy"] for name in ("state", "policy", "behavior")) < 0.15
@@ -320,8 +295,7 @@ def test_the_learned_dynamics_show_errors_to_the_transition_energy(monkeypatch):
 def test_normalisation_round_trip():
     """The agent sees raw coordinates, the denoiser normalised ones."""
     mean, std = torch.tensor([1.0, 2.0, 0.1, -1.0, 3.0]), torch.tensor([2.0, 0.5, 0.3, 4.0, 1.0])
-    model, S, raw = edis.MLP(5, 2), 2, torch.randn(6, 5) / 5
-    work = make_coordinates(5, 2, mean, std)
+    model, raw, work = edis.MLP(5, 2), torch.randn(6, 5) / 5, make_coordinates(5, 2, mean, std)
     x = work.normalize(raw)
     rows = edis.make_rows(model, work, x)
     assert_close(rows[:, :5], raw, atol=1e-5, rtol=1e-4)
@@ -331,14 +305,12 @@ def test_normalisation_round_trip():
     reward, logit = model((raw - units[0]) / units[1]).unbind(1)
     assert_close(rows[:, 5:], torch.stack([reward, torch.sigmoid(-logit), torch.full((6,), -math.inf)], dim=1))
     # The model sees the action that the row holds, a clamped one
-    beyond = torch.cat([raw[:, :S], torch.full((6, 1), 3.0), raw[:, S + 1 :]], dim=1)
-    made = [edis.make_rows(model, work, work.normalize(rows)) for rows in (beyond, beyond.clamp(max=0.999))]
-    assert_close(*made)
-    echo = work.policy(lambda s, epsilon: (s.sum(1, keepdim=True), None), x[:, :S])
-    assert_close(echo * std[2] + mean[2], raw[:, :S].sum(1, keepdim=True))
+    beyond = torch.cat([raw[:, :2], torch.full((6, 1), 3.0), raw[:, 3:]], dim=1)
+    assert_close(*(edis.make_rows(model, work, work.normalize(rows)) for rows in (beyond, beyond.clamp(max=0.999))))
+    echo = work.policy(lambda s, epsilon: (s.sum(1, keepdim=True), None), x[:, :2])
+    assert_close(echo * std[2] + mean[2], raw[:, :2].sum(1, keepdim=True))
 
 
-# -------------------------------------------------------------------------------------------------------- SAC and CQL
 def test_actor_density():
     """log pi integrates to one over the action range, and actions are tanh of mean + std epsilon."""
     actor, s = edis.Actor(2, 1), torch.randn(1, 2)
@@ -358,8 +330,7 @@ class Recorder(torch.nn.Module):
 
     def forward(self, s, a):
         self.asked.append((s, a))
-        q = self.level + self.slope * a[..., 0]
-        return q, q + 1
+        return self.level + self.slope * a[..., 0], self.level + self.slope * a[..., 0] + 1
 
     min = edis.Critic.min
 
@@ -418,11 +389,7 @@ def test_cql_is_in_the_critics_loss():
 
 @pytest.mark.parametrize("calibrate", [True, False])
 def test_cql_wiring(calibrate):
-    """M uniform actions, M of the policy in s, M of it in s'; Q at s for all; Cal-QL lifts the policy's to the return.
-
-    Densities: with one critic value everywhere, and the policy's actions lifted far above, or not, what is left is the
-    log mean of 1 / density, or their share.
-    """
+    """M uniform actions, M of the policy in s, M of it in s'; Q at s for all; Cal-QL lifts the policy's to returns."""
     (s, a, next_s, r, mask), M = a_batch(), 500
     critic = Recorder(7.0)
     update, networks = agent(critic, Recorder(0.0), calibrate=calibrate, cql_actions=M)
@@ -445,11 +412,10 @@ def test_cql_wiring(calibrate):
 
 def test_returns_to_go():
     """Across a terminal, a timeout and the file's end; cut episodes bound no value where rewards can be negative."""
-    rewards, ends = np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.array([False, True, True, False, False])
-    terminals = np.array([False, True, False, False, False])
-    np.testing.assert_allclose(edis.returns_to_go(rewards, terminals, ends, 0.5, False), [2, 2, 3, 6.5, 5])
-    expected = [2, 2, -math.inf, -math.inf, -math.inf]
-    np.testing.assert_allclose(edis.returns_to_go(rewards, terminals, ends, 0.5, True), expected)
+    terminals, ends = np.array([[0, 1, 0, 0, 0], [0, 1, 1, 0, 0]], bool)
+    for negative, expected in ((False, [2, 2, 3, 6.5, 5]), (True, [2, 2, -math.inf, -math.inf, -math.inf])):
+        found = edis.returns_to_go(np.arange(1.0, 6.0), terminals, ends, 0.5, negative)
+        np.testing.assert_allclose(found, expected)
 
 
 @pytest.mark.parametrize("drop", ["", "timeouts", "next_observations"])

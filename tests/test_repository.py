@@ -6,20 +6,10 @@ import re
 import shlex
 import sys
 
-from conftest import EDP, ROOT
-
-SCRIPTS = ("edis_sac", *EDP)
+from conftest import ROOT, SCRIPTS
 
 INDIRECT = {"tensorboard", "moviepy", "mujoco"}  # pinned, though not imported by that name
 OPTIONAL = {"minari", "gymnasium_robotics"}
-
-
-def pins(text):
-    return [line for line in text.splitlines() if line and not line.startswith("#")]
-
-
-def name_of(pin):
-    return re.match(r"[\w-]+", pin)[0]
 
 
 def test_requirements_are_what_is_imported():
@@ -31,24 +21,19 @@ def test_requirements_are_what_is_imported():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.split(".")[0])
-    names = {name_of(pin) for pin in pins((ROOT / "requirements.txt").read_text())}
-    assert all("==" in pin for pin in pins((ROOT / "requirements.txt").read_text()))
+    pins = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert all("==" in pin for pin in pins)
+    names = {re.match(r"[\w-]+", pin)[0] for pin in pins}
     assert imported - set(sys.stdlib_module_names) - OPTIONAL | INDIRECT == names
 
 
-def documents():
-    return [ROOT / "README.md", *(ROOT / "benchmark_results").glob("*.md"), ROOT / "datasets" / "README.md"]
-
-
-def commands():
-    """Lines `python FILE ...` of the documents' blocks, as (file, flags)."""
-    for path in documents():
-        blocks = "\n".join(re.findall(r"```bash\n(.*?)```", path.read_text(), flags=re.S))
-        yield from re.findall(r"python (\S+\.py)(.*)", blocks)
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "benchmark_results").glob("*.md"), ROOT / "datasets" / "README.md"]
 
 
 def test_documented_commands_are_understood():
-    found = list(commands())
+    """Lines `python FILE ...` of the documents' blocks."""
+    blocks = [block for path in DOCUMENTS for block in re.findall(r"```bash\n(.*?)```", path.read_text(), flags=re.S)]
+    found = re.findall(r"python (\S+\.py)(.*)", "\n".join(blocks))
     assert {f"{name}.py" for name in SCRIPTS} <= {file for file, _ in found}
     for file, line in found:
         assert (ROOT / file).exists(), file
@@ -58,7 +43,7 @@ def test_documented_commands_are_understood():
 
 
 def test_links_lead_somewhere():
-    for path in documents():
+    for path in DOCUMENTS:
         text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
         titles = [title.lower() for title in re.findall(r"(?m)^#+ (.*)$", text)]
         anchors = {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}

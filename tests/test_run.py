@@ -1,14 +1,11 @@
-"""Whole runs: every phase, run files, resume, signals, exit codes, logs.
-
-Most run in this process. edp_iql stands for all scripts where their code is the same (test_shared_code.py).
-"""
+"""Whole runs: every phase, files, resume, signals, exit codes, logs. edp_iql stands for all where code is shared."""
 
 import importlib
+import itertools
 import json
 import math
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -20,37 +17,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, argv_of, error_of, flat, make_columns, rows_of, same_run, write_hdf5
+from conftest import argv_of, error_of, make_columns, newest, resume, rows_of, same_run, step_of, write_hdf5
 
 import edp_iql
-
-
-def resume(script, folder, *flags):
-    return script.main(script.parse_args(["--resume", str(folder), *map(str, flags)]))
-
-
-@pytest.fixture
-def run_as_main(hopper_file, tmp_path, monkeypatch):
-    """Run a script as `python script.py` does, but in this process; returns its exit code."""
-
-    def call(script, *flags):
-        data = ("--env-id", "hopper-medium-v2", "--dataset-path", hopper_file, "--runs-dir", tmp_path / "runs")
-        monkeypatch.setattr(sys, "argv", [script.__file__, *argv_of(script, *data), *map(str, flags)])
-        try:
-            runpy.run_path(script.__file__, run_name="__main__")
-        except SystemExit as error:
-            return error.code
-        return 0
-
-    return call
-
-
-def newest(tmp_path):
-    return max((tmp_path / "runs").iterdir(), key=lambda path: path.name)
-
-
-def step_of(script, folder):
-    return script.load_checkpoint(str(folder))["step"]
 
 
 # ------------------------------------------------------------------------------------------------------------ one run
@@ -98,7 +67,7 @@ BRANCHES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, flags", [(name, flags) for name in SCRIPTS for flags in BRANCHES[name]])
+@pytest.mark.parametrize("name, flags", [(name, flags) for name in BRANCHES for flags in BRANCHES[name]])
 def test_every_branch(run, name, flags):
     assert run(importlib.import_module(name), *flags.split())["episodic_return"]["evaluations"] == 2
 
@@ -153,10 +122,9 @@ def test_success_and_video(run):
     assert len(videos) >= 2 and all(video.stat().st_size > 500 for video in videos)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_an_environment_that_fails(run, tmp_path, monkeypatch, name):
+def test_an_environment_that_fails(run, tmp_path, monkeypatch, script):
     """What was trained before the evaluation is saved; handlers of signals are as they were."""
-    script, before = importlib.import_module(name), signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(Toy, "breaks_at", 3)
     with pytest.raises(RuntimeError, match="the simulator fails"):
         run(script, "--save-every", 1000, env_id="Toy-v0")
@@ -165,26 +133,24 @@ def test_an_environment_that_fails(run, tmp_path, monkeypatch, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["edp_iql"])
-def test_compiled_update_agrees_with_eager(run, name, capsys):
+def test_compiled_update_agrees_with_eager(run, capsys):
     """Metrics and weights of compiled and eager runs, to float32 rounding."""
     from torch._dynamo.utils import counters
 
-    script, logs, states = importlib.import_module(name), [], []
-    longer = ("--num-updates", 30, "--eval-every", 30)
+    logs, states = [], []
     for mode in ("off", "on"):
         torch._dynamo.reset()
         counters.clear()
-        result = run(script, "--compile", mode, *longer)
+        folder = run(edp_iql, "--compile", mode, "--num-updates", 30, "--eval-every", 30)["run_dir"]
         assert (counters["stats"]["unique_graphs"] > 0) == (mode == "on")
-        logs.append(rows_of(result["run_dir"]))
-        states.append(script.load_checkpoint(result["run_dir"]))
+        logs.append(rows_of(folder))
+        states.append(edp_iql.load_checkpoint(folder))
     torch._dynamo.reset()
     assert "warning" not in capsys.readouterr().err.lower()
     for eager, compiled in zip(*logs, strict=True):
         for loss in (loss for loss in eager if loss.startswith("losses/")):
             assert compiled[loss] == pytest.approx(eager[loss], rel=1e-3, abs=1e-4), loss
-    for network in {"policy", "value", "critic", "actor", "denoiser"} & states[0].keys():
+    for network in ("policy", "value", "critic"):
         eager, compiled = (torch.cat([x.flatten() for x in state[network].values()]) for state in states)
         assert (compiled - eager).norm() < 1e-4 * eager.norm(), network
 
@@ -194,17 +160,16 @@ class Killed(BaseException):
     """As if the process were killed."""
 
 
-def dies_in(monkeypatch, owner, name, nth, half=None):
-    """owner.name raises on its n-th call, after having done half of its work."""
-    original, calls = getattr(owner, name), []
+def dies_in(monkeypatch, owner, name, nth, error=Killed):
+    """owner.name raises on its n-th call; torch.save after half of its work."""
+    original, calls = getattr(owner, name), itertools.count(1)
 
     def dying(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == nth:
-            if half:
-                half(*args)
-            raise Killed
-        return original(*args, **kwargs)
+        if next(calls) != nth:
+            return original(*args, **kwargs)
+        if name == "save":
+            args[1].write(b"half")
+        raise error
 
     monkeypatch.setattr(owner, name, dying)
 
@@ -221,10 +186,7 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, name, where, nth):
     script = importlib.import_module(name)
     whole = run(script, "--num-updates", 10)
     with monkeypatch.context() as patch:
-        if where == "save":
-            dies_in(patch, torch, "save", nth, half=lambda state, file: file.write(b"half"))
-        else:
-            dies_in(patch, script, where, nth)
+        dies_in(patch, torch if where == "save" else script, where, nth)
         with pytest.raises(Killed):
             run(script, "--num-updates", 10)
     folder = newest(tmp_path)
@@ -248,13 +210,17 @@ def test_only_an_evaluation(run, tmp_path):
 
 def test_a_finished_run_can_go_on(run):
     """From --num-updates 4 to 8, as one of 8; with the optimisers' options of this device."""
-    whole, first = run(edp_iql, "--num-updates", 8), run(edp_iql, "--num-updates", 4)["run_dir"]
+    whole, first = (run(edp_iql, "--gamma", 0.9, "--num-updates", n)["run_dir"] for n in (8, 4))
     checkpoint = Path(first) / "checkpoint.pt"
     saved = torch.load(checkpoint, weights_only=True)
     for part in (part for name, part in saved.items() if "optimizer" in name):
         part["param_groups"][0].update(capturable=True)  # as a GPU saves them
     torch.save(saved, checkpoint)
-    same_run(edp_iql, whole, resume(edp_iql, first, "--num-updates", 8))
+    same_run(edp_iql, {"run_dir": whole}, resume(edp_iql, first, "--num-updates", 8))
+    # Command line before checkpoint before preset
+    args = edp_iql.parse_args(["--resume", first, "--num-updates", "9"])
+    assert (args.gamma, args.num_updates, args.max_grad_norm, args.env_id) == (0.9, 9, 9.0, "hopper-medium-v2")
+    assert edp_iql.parse_args(["--resume", first, "--max-grad-norm", "2"]).max_grad_norm == 2
 
 
 class Malicious:
@@ -281,104 +247,72 @@ def test_what_cannot_be_resumed(run, tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
 
 
-def test_arguments_of_a_resumed_run(run, capsys):
-    """Command line before checkpoint before preset."""
-    folder = run(edp_iql, "--gamma", 0.9)["run_dir"]
-    args = edp_iql.parse_args(["--resume", folder, "--num-updates", "9"])
-    assert (args.gamma, args.num_updates, args.max_grad_norm, args.env_id) == (0.9, 9, 9.0, "hopper-medium-v2")
-    assert edp_iql.parse_args(["--resume", folder, "--max-grad-norm", "2"]).max_grad_norm == 2
-
-
 # ------------------------------------------------------------------------------------------------- signals, exit codes
 def at_update(monkeypatch, script, nth, action):
     """In the n-th update: action(metrics) -> metrics."""
-    make_update, calls = script.make_update, []
+    make_update, calls = script.make_update, itertools.count(1)
 
     def make_changed(*args):
-        update, *others = make_update(*args)
+        update, optimizers = make_update(*args)
 
         def changed(*batch, **draws):
-            calls.append(1)
             metrics = update(*batch, **draws)
-            return action(metrics) if len(calls) == nth else metrics
+            return action(metrics) if next(calls) == nth else metrics
 
-        return changed, *others
+        return changed, optimizers
 
     monkeypatch.setattr(script, "make_update", make_changed)
 
 
-@pytest.mark.parametrize("name, signum, code", [
-    ("edp_iql", signal.SIGINT, 130), ("edp_iql", signal.SIGTERM, 143), ("edp_iql", signal.SIGHUP, 129),
-    ("edp_crr", signal.SIGTERM, 143), ("edp_td3", signal.SIGINT, 130),
+@pytest.mark.parametrize("name, signum, code, nth", [
+    ("edp_iql", signal.SIGINT, 130, 2), ("edp_iql", signal.SIGTERM, 143, 2), ("edp_iql", signal.SIGHUP, 129, 2),
+    ("edp_crr", signal.SIGTERM, 143, 2), ("edp_td3", signal.SIGINT, 130, 2),
+    ("edis_sac", signal.SIGTERM, 143, 2), ("edis_sac", signal.SIGTERM, 143, 5), ("edis_sac", signal.SIGTERM, 143, 8),
 ])  # fmt: skip
-def test_signals(run, tmp_path, monkeypatch, name, signum, code):
+def test_signals(run, tmp_path, monkeypatch, name, signum, code, nth):
     """A signal saves and exits; the run goes on as if there had been none."""
     script = importlib.import_module(name)
     whole, before = run(script), signal.getsignal(signum)
     with monkeypatch.context() as patch:
-        at_update(patch, script, 2, lambda metrics: os.kill(os.getpid(), signum) or metrics)
+        at_update(patch, script, nth, lambda metrics: os.kill(os.getpid(), signum) or metrics)
         with pytest.raises(SystemExit) as caught:
             run(script)
     folder = newest(tmp_path)
-    assert caught.value.code == code and step_of(script, folder) == 2
+    assert caught.value.code == code and step_of(script, folder) == nth
     assert signal.getsignal(signum) is before
-    resumed = resume(script, folder)
-    left, right = (flat(script.load_checkpoint(result["run_dir"])["critic"]) for result in (whole, resumed))
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    same_run(script, whole, resume(script, folder), logs=False)
 
 
-def test_a_signal_while_a_row_is_logged(run, tmp_path, monkeypatch):
-    """It comes after the loop has decided not to save: the next update is saved before the run ends."""
-    say = edp_iql.say
+@pytest.mark.parametrize("where, saved", [("say", 3), ("evaluate", 4)])
+def test_a_signal_elsewhere(run, tmp_path, monkeypatch, where, saved):
+    """While a row is logged, after the decision not to save: the next update is saved. An evaluation is made again."""
+    whole, original = run(edp_iql), getattr(edp_iql, where)
 
-    def say_and_stop(text, file=None):
-        say(text, file)
-        if str(text).startswith("update 2/"):
+    def stopping(*args):
+        if where == "evaluate" or str(args[0]).startswith("update 2/"):
             os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
 
-    monkeypatch.setattr(edp_iql, "say", say_and_stop)
-    with pytest.raises(SystemExit):
-        run(edp_iql)
-    assert step_of(edp_iql, newest(tmp_path)) == 3
-
-
-def test_a_signal_in_an_evaluation(run, tmp_path, monkeypatch):
-    """The evaluation ends, and is made again by the resumed run."""
-    whole, evaluate = run(edp_iql), edp_iql.evaluate
     with monkeypatch.context() as patch:
-        patch.setattr(edp_iql, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args))
+        patch.setattr(edp_iql, where, stopping)
         with pytest.raises(SystemExit):
             run(edp_iql)
-    folder = newest(tmp_path)
-    assert step_of(edp_iql, folder) == 4
-    same_run(edp_iql, whole, resume(edp_iql, folder))
+    assert step_of(edp_iql, newest(tmp_path)) == saved
+    same_run(edp_iql, whole, resume(edp_iql, newest(tmp_path)))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_divergence(run, tmp_path, monkeypatch, capsys, name):
+def test_divergence(run, tmp_path, monkeypatch, capsys, script):
     """Exit code 3, the checkpoint before is kept."""
-    script = importlib.import_module(name)
     at_update(monkeypatch, script, 4, lambda metrics: {key: value * math.nan for key, value in metrics.items()})
     assert "diverged at update 4" in error_of(capsys, lambda: run(script), code=3)
     assert step_of(script, newest(tmp_path)) == 3 and not (newest(tmp_path) / "result.json").exists()
 
 
-def test_full_disk(run_as_main, tmp_path, monkeypatch, capsys):
+def test_full_disk(run, tmp_path, monkeypatch, capsys):
     """One line, exit code 1, the old checkpoint whole."""
-    save, calls = torch.save, []
-
-    def full(state, file):
-        calls.append(1)
-        if len(calls) > 1:
-            file.write(b"half")
-            raise OSError(28, "No space left on device")
-        save(state, file)
-
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full)
-        assert run_as_main(edp_iql) == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert len(lines) == 1 and "No space left" in lines[0]
+        dies_in(patch, torch, "save", 2, OSError(28, "No space left on device"))
+        assert "No space left" in error_of(capsys, lambda: run(edp_iql, as_main=True), code=1)
     assert step_of(edp_iql, newest(tmp_path)) == 3
     assert resume(edp_iql, newest(tmp_path))["updates"] == 6
 
@@ -393,20 +327,20 @@ BAD = {
 @pytest.mark.parametrize("flag", BAD)
 def test_bad_arguments(run, capsys, flag):
     """One line that names the argument, exit code 2, in each script that has it."""
-    tried = 0
-    for script in map(importlib.import_module, SCRIPTS):
-        if hasattr(script.Args(), flag[2:].replace("-", "_")):
-            tried += 1
-            assert flag in error_of(capsys, lambda s=script: run(s, flag, BAD[flag])), script.__name__
-    assert tried
+    scripts = map(importlib.import_module, BRANCHES)
+    having = [script for script in scripts if hasattr(script.Args(), flag[2:].replace("-", "_"))]
+    assert having and all(flag in error_of(capsys, lambda s=s: run(s, flag, BAD[flag])) for s in having)
 
 
-def test_exit_codes_of_the_command_line(run_as_main, tmp_path, capsys):
-    assert run_as_main(edp_iql) == 0
-    for flags in (["--nonsense"], ["--seed", "x"], ["--compile", "perhaps"], ["--dataset-path", "nowhere.hdf5"]):
-        assert run_as_main(edp_iql, *flags) == 2
-    assert "Traceback" not in capsys.readouterr().err
-    assert run_as_main(edp_iql, "--runs-dir", "/dev/null/x") == 1  # a folder that cannot be made
+@pytest.mark.parametrize("code, flags", [
+    (2, "--nonsense"), (2, "--seed x"), (2, "--compile perhaps"), (2, "--dataset-path nowhere.hdf5"),
+    (1, "--runs-dir /dev/null/x"),
+])  # fmt: skip
+def test_exit_codes_of_the_command_line(run, code, flags):
+    """0: test_a_copied_script_runs_alone."""
+    with pytest.raises(SystemExit) as caught:
+        run(edp_iql, *flags.split(), as_main=True)
+    assert caught.value.code == code
 
 
 def test_presets():
@@ -422,7 +356,7 @@ def test_presets():
         assert args.num_updates == 1_000_000
         assert parse("edp_td3", env_id).reward_transform == "times-four"
     assert parse("edp_crr", "D4RL/pen/human-v2").reward_transform == "min-max"
-    for name in SCRIPTS:
+    for name in BRANCHES:
         assert importlib.import_module(name).parse_args([]).num_updates < 100_000
     args = parse("edp_td3", "hopper-medium-expert-mini", "--no-action-approximation", "--eta", "2")  # Diffusion-QL
     assert (args.sampler, args.beta_schedule, args.diffusion_steps, args.eta, args.tau) == ("ddpm", "vp", 5, 2, 0.005)
@@ -478,6 +412,7 @@ def test_wandb_offline(run, tmp_path, monkeypatch):
 
 
 def test_logging_that_fails_does_not_end_the_run(run, monkeypatch, capsys):
+    """But at its start: without a key for wandb it ends with one line."""
     from torch.utils.tensorboard import SummaryWriter
 
     expected = rows_of(run(edp_iql)["run_dir"])
@@ -485,9 +420,6 @@ def test_logging_that_fails_does_not_end_the_run(run, monkeypatch, capsys):
     rows = rows_of(run(edp_iql)["run_dir"])
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     assert "warning: update 2" in capsys.readouterr().err
-
-
-def test_wandb_without_a_key_ends_with_one_line(run, monkeypatch, capsys):
     import wandb
 
     monkeypatch.setattr(wandb, "init", lambda **_: 1 / 0)
@@ -497,32 +429,29 @@ def test_wandb_without_a_key_ends_with_one_line(run, monkeypatch, capsys):
 # ----------------------------------------------------------------------------------------------- processes of their own
 @pytest.fixture
 def start(tmp_path, hopper_file):
-    """Start a script in an empty folder with nothing of the repository beside it."""
-    processes = []
+    """Start edp_iql in an empty folder with nothing of the repository beside it."""
+    processes, folder = [], tmp_path / "alone"
 
-    def call(script, *flags, **streams):
-        folder = tmp_path / f"folder{len(processes)}"
+    def call(*flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
         folder.mkdir()
-        shutil.copy(script.__file__, folder / "mine.py")
+        shutil.copy(edp_iql.__file__, folder / "mine.py")
         shutil.copy(hopper_file, folder / "hopper_medium-v2.hdf5")
-        command = [sys.executable, "mine.py", *argv_of(script, "--env-id", "hopper-medium-v2", *flags)]
+        command = [sys.executable, "mine.py", *argv_of(edp_iql, "--env-id", "hopper-medium-v2", *flags)]
         env = {**os.environ, "D4RL_DATASET_DIR": str(folder), "PYTHONPATH": ""}
-        processes.append(subprocess.Popen(command, cwd=folder, env=env, text=True, **streams))
-        return processes[-1], folder
+        processes.append(subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=stdout, stderr=stderr))
+        return processes[0], folder / "runs"
 
     yield call
-    for process in processes:
-        process.kill()
-        process.communicate()
+    processes[0].kill()
+    processes[0].communicate()
 
 
-@pytest.mark.parametrize("script", [edp_iql])
-def test_a_copied_script_runs_alone(start, script):
-    process, folder = start(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_a_copied_script_runs_alone(start):
+    process, runs = start()
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in err, err
     assert "update 6/6" in out
-    (made,) = (folder / "runs").iterdir()
+    (made,) = runs.iterdir()
     assert made.name.startswith("hopper-medium-v2__mine__0__") and (made / "result.json").exists()
 
 
@@ -530,28 +459,25 @@ def test_a_copied_script_runs_alone(start, script):
 @pytest.mark.parametrize("kind", ["full", "closed"])
 def test_output_that_goes_nowhere(start, kind):
     """A full disk under stdout, or a reader that went away (`| head`), does not end the run."""
+    reader, writer = os.pipe()
     if kind == "full":
-        with open("/dev/full", "w") as full:
-            process, folder = start(edp_iql, stdout=full, stderr=full)
-    else:
-        reader, writer = os.pipe()
-        process, folder = start(edp_iql, stdout=writer, stderr=writer)
         os.close(writer)
-        os.close(reader)
-    assert process.wait(timeout=120) == 0
-    assert list((folder / "runs").glob("*/result.json"))
+        writer = os.open("/dev/full", os.O_WRONLY)
+    process, runs = start(stdout=writer, stderr=writer)
+    os.close(writer)
+    os.close(reader)
+    assert process.wait(timeout=120) == 0 and list(runs.glob("*/result.json"))
 
 
 @pytest.mark.slow
 def test_a_signal_to_a_process(start):
     """As a cluster sends it: saved, exit code 143; a second one does not wait."""
-    process, folder = start(edp_iql, "--num-updates", 90_000, "--compile", "off", "--eval-every", 80_000,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    process, runs = start("--num-updates", 90_000, "--compile", "off", "--eval-every", 80_000)
     for line in process.stdout:  # first progress
         if line.startswith("update"):
             break
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    (made,) = (folder / "runs").iterdir()
+    (made,) = runs.iterdir()
     assert process.returncode == 143 and "--resume" in err and "Traceback" not in err
     assert step_of(edp_iql, made) > 0
