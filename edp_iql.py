@@ -681,8 +681,9 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
         name = f"from-{time.time_ns() // 1_000_000}"  # not over older ones
         try:
             env = make_env(render_mode="rgb_array")
-            envs.envs[0] = gym.wrappers.RecordVideo(env, str(folder / "videos"), lambda _: True, name_prefix=name)
-            envs.envs[0].reset()
+            env = gym.wrappers.RecordVideo(env, str(folder / "videos"), lambda _: True, name_prefix=name)
+            env.reset()
+            envs.envs[0] = env
         except Exception as error:
             fail(f"--capture-video: {error!r}; without a display set MUJOCO_GL=egl or MUJOCO_GL=osmesa")
 
