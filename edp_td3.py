@@ -549,18 +549,22 @@ def make_transitions(columns: Columns, args: Args) -> tuple[np.ndarray, dict[str
 
 
 # ---------------------------------------------------------------------------------------------------------- Evaluation
-def evaluate(act: Callable, envs: Any, seeds: list[int], stop: list[int]) -> dict[str, np.ndarray]:
-    """The first episode of each environment; act maps observations (n, S) to actions (n, A). {} once `stop` fills."""
-    obs, _ = envs.reset(seed=seeds)
-    found: dict[str, Any] = {"episodic_return": 0.0, "episodic_length": 0.0}
-    running = np.ones(len(seeds), bool)
-    while running.any() and not stop:
-        obs, reward, terminated, truncated, info = envs.step(act(obs))
-        found["episodic_return"] += running * reward
-        found["episodic_length"] += running
-        for key in info.keys() & {"success", "is_success"}:  # Adroit, AntMaze: reached at any step
-            found["success"] = np.maximum(found.get("success", 0.0), running * info[key])
-        running &= ~(terminated | truncated)
+def evaluate(act: Callable, envs: list[gym.Env], seeds: list[int], stop: list[int]) -> dict[str, np.ndarray]:
+    """One episode per environment, side by side; act maps observations (n, S) to actions. {} once `stop` fills."""
+    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
+    found = {"episodic_return": np.zeros(len(envs)), "episodic_length": np.zeros(len(envs))}
+    running = list(range(len(envs)))
+    while running and not stop:
+        actions = act(obs)  # of finished episodes too: shapes do not change
+        for i in list(running):
+            obs[i], reward, terminated, truncated, info = envs[i].step(actions[i])
+            found["episodic_return"][i] += float(reward)
+            found["episodic_length"][i] += 1
+            for key in info.keys() & {"success", "is_success"}:  # Adroit, AntMaze: reached at any step
+                success = found.setdefault("success", np.zeros(len(envs)))
+                success[i] = max(success[i], info[key])
+            if terminated or truncated:
+                running.remove(i)
     return {} if stop else found
 
 
@@ -683,18 +687,18 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
     data = torch.as_tensor(transitions, device=device)
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}")
     folder = Path(args.resume if args.resume and not args.eval_only else Path(args.runs_dir, name)).resolve()
-    envs: Any = gym.vector.SyncVectorEnv([make_env] * args.eval_episodes) if make_env else None
-    if envs:
-        exits.callback(envs.close)  # which writes the last video
-    if make_env and args.capture_video:
+    envs = [make_env() for _ in range(args.eval_episodes)] if make_env else []
+    if make_env and envs and args.capture_video:
         name = f"from-{time.time_ns() // 1_000_000}"  # not over older ones
         try:
             env = make_env(render_mode="rgb_array")
-            env = gym.wrappers.RecordVideo(env, str(folder / "videos"), lambda _: True, name_prefix=name)
             env.reset()
-            envs.envs[0] = env
+            env.render()
         except Exception as error:
             fail(f"--capture-video: {error!r}; without a display set MUJOCO_GL=egl or MUJOCO_GL=osmesa")
+        envs[0] = gym.wrappers.RecordVideo(env, str(folder / "videos"), lambda _: True, name_prefix=name)
+    for env in envs:
+        exits.callback(env.close)  # which writes the last video
 
     # Networks, optimisers, update
     diffusion = Diffusion(args, device)
@@ -792,7 +796,7 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
     while True:
         last = args.eval_only or step >= args.num_updates
         stopping = bool(stop)  # a signal after this waits for the next save
-        evaluating = envs and (last or step % args.eval_every == 0 < step)
+        evaluating = bool(envs) and (last or step % args.eval_every == 0 < step)
         saving = metrics and (last or stopping or evaluating or step % args.save_every == 0)
         if metrics and (saving or step % args.log_every == 0):
             values = {name: float(value) for name, value in metrics.items()}  # waits for the device

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
@@ -76,7 +75,8 @@ def main(args: Args) -> None:
     columns, make_env, _ = edp.load_task(script)
     transitions, transform = edp.make_transitions(columns, script)
     data, S, A = torch.as_tensor(transitions), columns["observations"].shape[1], columns["actions"].shape[1]
-    envs: Any = gym.vector.SyncVectorEnv([make_env] * args.episodes)  # type: ignore[list-item]
+    assert make_env
+    envs = [make_env() for _ in range(args.episodes)]
     diffusion, networks = edp.Diffusion(script, torch.device("cpu")), edp.make_networks(S, A)
     value, critic, target = (networks[name] for name in ("value", "critic", "critic_target"))
     policies = {name: copy.deepcopy(networks["policy"]) for name in LOSSES}
