@@ -272,7 +272,30 @@ def weights_table() -> list[str]:
     return by_data(columns, found, make_rows)
 
 
+def parity_table() -> list[str]:
+    """The official code's values and ours at four times."""
+    curves = json.loads((HERE / "parity.json").read_text())
+    names = [name for name in curves["official"] if name != "returns"]
+    rows = []
+    for i in (curves["step"].index(step) for step in (10_000, 20_000, 40_000, 60_000)):
+        cells = [f"{curves['official'][name][i]:.3g}, {curves['here'][name][i]:.3g}" for name in names]
+        rows.append(f"{curves['step'][i]} | {' | '.join(cells)}")
+    return table(f"update | {' | '.join(names)}", rows)
+
+
 # Figures
+
+
+def draw_parity() -> None:
+    curves = json.loads((HERE / "parity.json").read_text())
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.6), layout="constrained")
+    for axis, name in zip(axes, ("Q", "diffusion loss", "V loss"), strict=True):
+        for code, color, style in (("official", ORANGE, "-"), ("here", BLUE, "--")):
+            axis.plot(np.array(curves["step"]) / 1_000, curves[code][name], style, color=color, label=code)
+        axis.set(title=name, xlabel="updates, thousands")
+    axes[0].legend(frameon=False)
+    figure.savefig(HERE / "parity.png", dpi=150, metadata={"Software": None})
+    plt.close(figure)
 
 
 def draw_curves(runs: Runs, unit: str, name: str, window: int = 1) -> None:
@@ -351,12 +374,13 @@ def main() -> None:
         "distances": by_data("algorithm | distance | guided | unguided | own off | real", edis, distance_rows),
     }
     tables |= {name: candidates_table(*columns) for name, columns in CANDIDATES.items()}
-    tables["weights"] = weights_table()
+    tables |= {"weights": weights_table(), "parity": parity_table()}
     write(HERE / "README.md", tables, required=True)
     write(HERE.parent / "README.md", summaries, required=False)
     plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     draw_curves(select(hopper, ("edp_iql", "edp_crr", "edp_td3", "bc_q")), "updates, thousands", "learning_curves.png")
     draw_curves(select(online, compared), "online steps, thousands (below 0: offline)", "edis_curves.png", window=4)
+    draw_parity()
     draw_selection({env_id: found for env_id, found in edp.items() if env_id in STATISTICS and "bc_q" in found})
 
 
