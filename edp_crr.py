@@ -6,7 +6,7 @@ Wang et al., Critic Regularized Regression, 2020, arXiv 2006.15134 (the weights)
     forward noising       a^k = sqrt(abar^k) a^0 + sqrt(1 - abar^k) epsilon                      Diffusion.add_noise
     action approximation  a_hat^0 = (a^k - sqrt(1 - abar^k) epsilon_theta) / sqrt(abar^k)        Diffusion.approximate
     diffusion loss        E ||epsilon - epsilon_theta(a^k, k; s)||^2                             make_update
-    weighted regression   E f ||a - a_hat^0||^2, or the noise loss weighted by f and elbo_weight  make_update
+    weighted regression   E f ||a - a_hat^0||^2, or noise loss weighted by f (and elbo_weight)   make_update
     advantage             Q(s, a) - E Q(s, a'), a' ~ N(a_hat^0, I)                               crr_advantage
     weight                f_CRR = exp(advantage / tau_CRR), or 1(advantage > 0)                  crr_weight
     critics               Q on r + gamma min Q'(s', a'), a' a sample of the target policy        make_update
@@ -181,6 +181,8 @@ class Diffusion:
         alpha_bar = np.cumprod(1 - beta)
         alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
         self.sampler, self.k_index = args.sampler, table(k - 1)
+        # Unrolled, many calls of the network would compile for minutes
+        self.chain = torch.compiler.disable(self.ddpm) if self.K > 20 else self.ddpm
         self.num_noises = self.K + 1 if self.sampler == "ddpm" else 1  # Gaussian vectors that one sample takes
         self.sqrt_alpha_bar = table(alpha_bar**0.5)
         self.sqrt_one_minus_alpha_bar = table((1 - alpha_bar) ** 0.5)
@@ -190,8 +192,9 @@ class Diffusion:
         self.posterior_a0 = table(beta * alpha_bar_prev**0.5 / (1 - alpha_bar))
         self.posterior_ak = table((1 - alpha_bar_prev) * (1 - beta) ** 0.5 / (1 - alpha_bar))
         self.posterior_std = table((beta * (1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5)
-        # DPM-Solver calls the network at times t; log alpha_t is linear between the t = k / K. It starts at 1, with a
-        # schedule that loses the signal later: its steps would be too long. It ends at 1e-3 or step 1 (official: NaN)
+        # DPM-Solver calls the network at times t from 1 to 1e-3, or to the first step (the official code: NaN), and
+        # log alpha_t is linear between the t = k / K. Where a schedule ends without signal, its first steps would be
+        # too long: there t starts at abar = 5e-4
         lost = 5e-4 if alpha_bar[-1] < 1e-5 else 0
         t = np.linspace((alpha_bar > lost).sum() / self.K, max(1e-3, 1 / self.K), steps + 1)
         log_alpha = np.interp(t, k / self.K, 0.5 * np.log(alpha_bar))
@@ -216,9 +219,8 @@ class Diffusion:
 
     def sample(self, policy: Policy, s: Tensor, noise: Tensor) -> Tensor:
         """Actions (B, A) for states (B, S), from Gaussian noise (num_noises, B, A)."""
-        return self.dpm_solver(policy, s, noise[0]) if self.sampler == "dpm-solver" else self.ddpm(policy, s, noise)
+        return self.dpm_solver(policy, s, noise[0]) if self.sampler == "dpm-solver" else self.chain(policy, s, noise)
 
-    @torch.compiler.disable  # unrolled, its K calls of the network would compile for minutes
     def ddpm(self, policy: Policy, s: Tensor, noise: Tensor) -> Tensor:
         """Ancestral sampling; noise (K + 1, B, A): a^K, then one per step."""
         a = noise[0]

@@ -7,14 +7,13 @@ Wang et al., Diffusion Policies as an Expressive Policy Class for Offline RL, IC
     action approximation  a_hat^0 = (a^k - sqrt(1 - abar^k) epsilon_theta) / sqrt(abar^k)        Diffusion.approximate
     diffusion loss        E ||epsilon - epsilon_theta(a^k, k; s)||^2                             make_update
     policy improvement    -lambda E Q(s, a_hat^0), lambda = eta / E |Q|; one critic, at random   q_loss, make_update
-    Diffusion-QL          the same at a whole sample instead of a_hat^0, and DIFFUSION_QL         make_update
+    Diffusion-QL          the same at a whole sample instead of a_hat^0, with DIFFUSION_QL       make_update
     critics               Q on r + gamma min Q'(s', a'), a' a sample of the target policy        make_update
     max-Q backup          min over the critics of the best of N candidates a'                    max_q_backup
     sampler               DPM-Solver (Lu et al., 2022, arXiv 2206.00927)                         Diffusion.dpm_solver
     evaluation            one of N samples, drawn with probability ~ exp(Q(s, a))                select_actions
 
-Where this differs from the paper and from the official code (github.com/sail-sg/edp), a comment says so. Diffusion-QL
-is its objective and targets; its own code updates the critics first and clips the norm of both together.
+Where this differs from the paper and from the official code (github.com/sail-sg/edp), a comment says so.
 Python 3.10 to 3.13; packages: pip install -r requirements.txt of this script's repository, github.com/OWNER/REPOSITORY.
 """
 
@@ -182,6 +181,8 @@ class Diffusion:
         alpha_bar = np.cumprod(1 - beta)
         alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
         self.sampler, self.k_index = args.sampler, table(k - 1)
+        # Unrolled, many calls of the network would compile for minutes
+        self.chain = torch.compiler.disable(self.ddpm) if self.K > 20 else self.ddpm
         self.num_noises = self.K + 1 if self.sampler == "ddpm" else 1  # Gaussian vectors that one sample takes
         self.sqrt_alpha_bar = table(alpha_bar**0.5)
         self.sqrt_one_minus_alpha_bar = table((1 - alpha_bar) ** 0.5)
@@ -191,8 +192,9 @@ class Diffusion:
         self.posterior_a0 = table(beta * alpha_bar_prev**0.5 / (1 - alpha_bar))
         self.posterior_ak = table((1 - alpha_bar_prev) * (1 - beta) ** 0.5 / (1 - alpha_bar))
         self.posterior_std = table((beta * (1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5)
-        # DPM-Solver calls the network at times t; log alpha_t is linear between the t = k / K. It starts at 1, with a
-        # schedule that loses the signal later: its steps would be too long. It ends at 1e-3 or step 1 (official: NaN)
+        # DPM-Solver calls the network at times t from 1 to 1e-3, or to the first step (the official code: NaN), and
+        # log alpha_t is linear between the t = k / K. Where a schedule ends without signal, its first steps would be
+        # too long: there t starts at abar = 5e-4
         lost = 5e-4 if alpha_bar[-1] < 1e-5 else 0
         t = np.linspace((alpha_bar > lost).sum() / self.K, max(1e-3, 1 / self.K), steps + 1)
         log_alpha = np.interp(t, k / self.K, 0.5 * np.log(alpha_bar))
@@ -217,9 +219,8 @@ class Diffusion:
 
     def sample(self, policy: Policy, s: Tensor, noise: Tensor) -> Tensor:
         """Actions (B, A) for states (B, S), from Gaussian noise (num_noises, B, A)."""
-        return self.dpm_solver(policy, s, noise[0]) if self.sampler == "dpm-solver" else self.ddpm(policy, s, noise)
+        return self.dpm_solver(policy, s, noise[0]) if self.sampler == "dpm-solver" else self.chain(policy, s, noise)
 
-    @torch.compiler.disable  # unrolled, its K calls of the network would compile for minutes
     def ddpm(self, policy: Policy, s: Tensor, noise: Tensor) -> Tensor:
         """Ancestral sampling; noise (K + 1, B, A): a^K, then one per step."""
         a = noise[0]
@@ -337,6 +338,8 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
                 target.lerp_(parameter, moves * args.tau)
         return metrics
 
+    if not args.action_approximation and diffusion.num_noises > 21:  # gradients cannot cross the uncompiled chain
+        update = partial(torch.compiler.disable(update))  # torch.compile would look through `disable` alone
     return update, optimizers
 
 
