@@ -40,7 +40,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -133,10 +133,8 @@ class Args:
     guidance_clip: float = 10.0  # bound of the norm of sigma sum lambda_i grad E_i, in units of sqrt(dim x)
     # speed
     num_threads: int = 1  # CPU threads; a second one helps only on an idle machine
-    compile: Literal["auto", "on", "off"] = "auto"
-    """compile the update (on cuda also sampling, with CUDA graphs); auto: on cuda, or for 10 000 or more updates"""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """precision of float32 matrix products: highest, high (TF32) or medium (bfloat16)"""
+    compile: Literal["auto", "on", "off"] = "auto"  # compile the update; auto: on cuda, or for 10 000 or more updates
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32; high: TF32, medium: bfloat16
 
     @property
     def num_updates(self) -> int:
@@ -191,9 +189,6 @@ class Critic(nn.Module):
         sa = torch.cat([s, a], dim=1)
         return self.q1(sa)[:, 0], self.q2(sa)[:, 0]
 
-    def min(self, s: Tensor, a: Tensor) -> Tensor:
-        return torch.minimum(*self(s, a))
-
 
 class Actor(nn.Module):
     """Tanh-Gaussian policy: states (B, S), standard normal noise (..., B, A) -> actions, log pi(a|s) (..., B)."""
@@ -212,9 +207,6 @@ class Actor(nn.Module):
         u = normal.mean + normal.stddev * epsilon
         log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
         return u.tanh(), (normal.log_prob(u) - log_slope).sum(-1)
-
-    def mode(self, s: Tensor) -> Tensor:
-        return self.distribution(s).mean.tanh()
 
 
 class Denoiser(nn.Module):
@@ -285,10 +277,10 @@ class Energies(nn.Module):
         return gradient * (bound / gradient.norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1)
 
 
-def make_networks(obs_dim: int, act_dim: int, args: Args) -> dict[str, Any]:
+def make_networks(obs_dim: int, act_dim: int, args: Args) -> dict:
     """The agent's networks, then those of the synthetic data. The published code: ReLU, critics of 2 hidden layers."""
     dim, critic = 2 * obs_dim + act_dim, Critic(obs_dim, act_dim)
-    networks: dict[str, Any] = {"actor": Actor(obs_dim, act_dim), "critic": critic}
+    networks: dict = {"actor": Actor(obs_dim, act_dim), "critic": critic}
     networks["critic_target"] = copy.deepcopy(critic).requires_grad_(False)
     networks["temperature"] = nn.ParameterDict({"log_alpha": torch.zeros(())})
     networks["denoiser"] = Denoiser(dim, args.denoiser_width, args.denoiser_layers)
@@ -334,14 +326,13 @@ class Coordinates:
         return (a - mean[S:-S]) / std[S:-S]
 
 
-def edm_loss(denoise: Callable[..., Tensor], x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+def edm_loss(denoise: Callable, x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """Karras et al.: (sigma^2 + 1) / sigma^2 ||D(x + sigma n; sigma) - x||^2, mean over dimensions; sigma (B,)."""
     error = (denoise(x + sigma[:, None] * noise, sigma) - x).square().mean(1)
     return ((sigma.square() + 1) / sigma.square() * error).mean()
 
 
 CHUNK = 10_000  # transitions sampled at once: bounds the memory
-Guidance = Callable[[Tensor, Tensor], Tensor]  # x (B, D), sigma () -> sum lambda_i grad E_i (B, D)
 
 
 class EDM:
@@ -355,10 +346,7 @@ class EDM:
         self.sigma_hat = torch.as_tensor(sigma * (1 + gamma), dtype=torch.float32, device=device)  # after churning
 
     @torch.no_grad()
-    def sample(
-        self, denoise: Callable, x: Tensor, guidance: Guidance | None = None, visited: Tensor | None = None,
-        held: Tensor | None = None, repeats: int = 1,
-    ) -> Tensor:  # fmt: skip
+    def sample(self, denoise: Callable, x: Tensor, guidance=None, visited=None, held=None, repeats: int = 1) -> Tensor:
         """Standard normal x (B, D) -> samples (B, D); `visited` keeps the noised x at each sigma, the last dimensions.
 
         Inpainting: the first dimensions are `held` (B, H), noised anew at each sigma. The others follow p(rest | held)
@@ -390,13 +378,13 @@ class EDM:
         return x
 
 
-def make_guidance(args: Args, energies: Energies) -> Guidance | None:
-    """The energies' gradient in normalised coordinates; None without energies."""
+def make_guidance(args: Args, energies: Energies) -> Callable | None:
+    """x (B, D), sigma () -> sum lambda_i grad E_i (B, D), in normalised coordinates; None without energies."""
     scales = (args.state_scale, args.policy_scale, args.transition_scale)
     return partial(energies, scales=scales, full=args.full_gradient, clip=args.guidance_clip) if any(scales) else None
 
 
-def generate(edm: EDM, denoise: Callable[..., Tensor], n: int, D: int, guidance: Guidance | None) -> Tensor:
+def generate(edm: EDM, denoise: Callable, n: int, D: int, guidance: Callable | None) -> Tensor:
     """(n, D) synthetic transitions, normalised."""
     sizes = [min(CHUNK, n - done) for done in range(0, n, CHUNK)]
     return torch.cat([edm.sample(denoise, torch.randn(m, D, device=edm.sigma.device), guidance) for m in sizes])
@@ -408,25 +396,25 @@ def cql_penalty(q: Tensor, log_density: Tensor, q_data: Tensor) -> Tensor:
     return ((q - log_density).logsumexp(0) - math.log(len(q)) - q_data).mean()
 
 
-def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
-    """The update of SAC with CQL's penalty, (batch, its coefficient) -> metrics; its optimisers."""
+def make_update(args: Args, networks: dict) -> tuple:
+    """The update of SAC with CQL's penalty, (batch, its coefficient) -> metrics; its optimiser."""
     actor, critic, critic_target = (networks[name] for name in ("actor", "critic", "critic_target"))
     log_alpha = networks["temperature"]["log_alpha"]
     rates = {"actor": args.actor_lr, "critic": args.critic_lr, "temperature": args.actor_lr}
-    options: dict[str, Any] = {"fused": True, "capturable": log_alpha.is_cuda}
-    optimizers = {name: torch.optim.Adam(networks[name].parameters(), lr, **options) for name, lr in rates.items()}
+    groups = [{"params": networks[name].parameters(), "lr": lr} for name, lr in rates.items()]
+    optimizer = torch.optim.Adam(groups, fused=True, capturable=log_alpha.is_cuda)
 
-    def minimize(name: str, loss: Tensor) -> None:
-        parameters = list(networks[name].parameters())
+    def backward(network, loss):
+        parameters = list(network.parameters())
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
 
     @torch.compiler.disable  # the code between two steps compiles as one piece
-    def step(*names: str) -> None:
-        for name in names:
-            optimizers[name].step()
+    def step():
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def penalty(s: Tensor, next_s: Tensor, mc: Tensor, q_data: tuple[Tensor, Tensor], A: int) -> Tensor:
+    def penalty(s, next_s, mc, q_data, A):
         """CQL's penalty of both critics; Cal-QL: the policy's actions are worth at least the Monte-Carlo return."""
         M, B = args.cql_actions, len(s)
         with torch.no_grad():
@@ -442,14 +430,12 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
             total = total + cql_penalty(q, log_density, q_a)
         return total
 
-    def update(
-        s: Tensor, a: Tensor, next_s: Tensor, r: Tensor, mask: Tensor, mc: Tensor, cql_alpha: float
-    ) -> dict[str, Tensor]:
+    def update(s, a, next_s, r, mask, mc, cql_alpha):
         # Q: regression on r + gamma V(s'), and CQL's penalty
         alpha = log_alpha.exp().detach()
         with torch.no_grad():
             next_a, next_log_pi = actor(next_s, torch.randn_like(a))
-            next_v = critic_target.min(next_s, next_a)
+            next_v = torch.minimum(*critic_target(next_s, next_a))
             if not cql_alpha:  # no entropy beside CQL, as in CQL's and Cal-QL's code; EDIS's code subtracts it
                 next_v = next_v - alpha * next_log_pi
         q1, q2 = critic(s, a)
@@ -460,22 +446,22 @@ def make_update(args: Args, networks: dict[str, Any]) -> tuple[Callable, dict[st
         losses |= {"alpha": alpha, "q_mean": q1.mean(), "q_max": q1.max()}
         # Detached before the step: a graph of gradients that crosses it would be compiled for a second backward pass
         metrics = {f"losses/{name}": loss.detach() for name, loss in losses.items()}
-        minimize("critic", qf1_loss + qf2_loss + cql_alpha * cql_loss)
-        step("critic")
+        backward(critic, qf1_loss + qf2_loss + cql_alpha * cql_loss)
+        step()
 
         # Policy and temperature
         new_a, log_pi = actor(s, torch.randn_like(a))
-        policy_loss = (alpha * log_pi - critic.min(s, new_a)).mean()
+        policy_loss = (alpha * log_pi - torch.minimum(*critic(s, new_a))).mean()
         metrics |= {"losses/policy_loss": policy_loss.detach(), "losses/entropy": -log_pi.detach().mean()}
-        minimize("actor", policy_loss)
+        backward(actor, policy_loss)
         excess = (a.shape[1] - log_pi).detach()  # entropy above its target, -A: alpha falls
-        minimize("temperature", (log_alpha.exp() * excess).mean())
-        step("actor", "temperature")
+        backward(networks["temperature"], (log_alpha.exp() * excess).mean())
+        step()
         with torch.no_grad():
             torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
         return metrics
 
-    return update, optimizers
+    return update, optimizer
 
 
 def info_nce(energy: Tensor) -> tuple[Tensor, Tensor]:
@@ -483,9 +469,7 @@ def info_nce(energy: Tensor) -> tuple[Tensor, Tensor]:
     return -(-energy).log_softmax(1)[:, 0].mean(), (energy.argmin(1) == 0).float().mean()
 
 
-def energy_losses(
-    energies: Energies, states: Tensor, chosen: Tensor, acted: Tensor, negatives: Tensor, sigma: Tensor, joint: bool
-) -> dict[str, tuple[Tensor, Tensor]]:
+def energy_losses(energies: Energies, states, chosen, acted, negatives, sigma, joint: bool) -> dict:
     """InfoNCE of the energies, each positive against K negatives; the published code: negatives of other positives.
 
     Joint: of E1, E1 + E2, recent pairs, and these + E3; what each is trained on top of is held fixed. Not joint, the
@@ -510,7 +494,7 @@ def energy_losses(
     return {name: info_nce(e) for name, e in summed.items()}
 
 
-def make_fit(optimizer: Any, parameters: list[Any], lr: float, updates: int) -> Callable[[Tensor], None]:
+def make_fit(optimizer: Any, parameters: list[Any], lr: float, updates: int) -> Callable:
     """A step on a loss, with a learning rate that falls to 0 by a cosine."""
     moves = optimizer(parameters, lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(moves, max(updates, 1))
@@ -544,9 +528,7 @@ def train_denoiser(args: Args, denoiser: Denoiser, ema: Denoiser, x: Tensor, rec
     return mean
 
 
-def train_model(
-    args: Args, model: MLP, energies: Energies, x: Tensor, y: Tensor, r: Tensor, mask: Tensor, recent: int
-) -> Tensor:
+def train_model(args: Args, model: MLP, energies: Energies, x, y, r, mask, recent: int) -> Tensor:
     """Train rewards, terminations (on y) and mean next states (on x) of transitions (N, D), (N,); the mean loss.
 
     Half of each batch comes from the last `recent` rows, which are the energies' positives.
@@ -567,7 +549,7 @@ def train_model(
     return mean
 
 
-def make_pool(args: Args, edm: EDM, denoise: Callable[..., Tensor], conditions: Tensor, starts: list[int]) -> Tensor:
+def make_pool(args: Args, edm: EDM, denoise: Callable, conditions: Tensor, starts: list[int]) -> Tensor:
     """The noised x that the unguided sampler visits, (levels, P, D): negatives for every level.
 
     A pass for each start: it holds the conditions (P, D) before that dimension, and makes the others.
@@ -580,9 +562,7 @@ def make_pool(args: Args, edm: EDM, denoise: Callable[..., Tensor], conditions: 
     return pool
 
 
-def train_energies(
-    args: Args, edm: EDM, networks: dict[str, Any], coordinates: Coordinates, recent: Tensor
-) -> dict[str, Tensor]:
+def train_energies(args: Args, edm: EDM, networks: dict, coordinates: Coordinates, recent: Tensor) -> dict:
     """Train with recent transitions (M, D) as positives; the mean losses and accuracies.
 
     At all levels of the sampler and between them; the published code: one level, or two of another schedule.
@@ -638,9 +618,7 @@ def make_rows(model: MLP, coordinates: Coordinates, x: Tensor) -> Tensor:
     return torch.cat([transitions, torch.stack(tail, dim=1)], dim=1)
 
 
-def make_round(
-    args: Args, edm: EDM, networks: dict[str, Any], coordinates: Coordinates, data: Tensor, recent: int
-) -> tuple[Tensor, dict[str, Tensor]]:
+def make_round(args: Args, edm: EDM, networks: dict, coordinates: Coordinates, data: Tensor, recent: int) -> tuple:
     """A round: train on rows [s, a, s', r, mask, ...], of which the last are recent; synthetic rows and metrics."""
     energies, model, ema = (networks[name] for name in ("energies", "model", "denoiser_ema"))
     D = energies.ends[2]
@@ -681,12 +659,12 @@ class Interaction:
 
 # ---------------------------------------------------------------------------------------------------------------- Data
 # Presets of the families of D4RL's and Minari's ids
-LOCOMOTION: dict[str, Any] = {}
-SPARSE: dict[str, Any] = {"reward_transform": "min-max"}
-ANTMAZE: dict[str, Any] = {"reward_transform": "minus-one"}
+LOCOMOTION: dict = {}
+SPARSE = {"reward_transform": "min-max"}
+ANTMAZE = {"reward_transform": "minus-one"}
 # The defaults, for D4RL's ids, are the published code's sizes where no comment says otherwise.
 # The small sets are ours, and so are their settings: found by trying on Hopper, for half an hour on a CPU.
-MINI: dict[str, Any] = {
+MINI = {
     "normalize_observations": True, "offline_updates": 4_000, "online_steps": 10_000, "actor_lr": 3e-4,
     # Hopper's medium policy falls after about 340 steps: at a gamma of 0.99 it is worth as much as the expert.
     "gamma": 0.997, "tau": 0.05,
@@ -711,36 +689,28 @@ TASKS: dict[str, Any] = {  # agent: preset, environment, its options, D4RL's ret
     "antmaze": (ANTMAZE, None, {}, None),  # the environments of D4RL's data are not those of today
     "kitchen": (SPARSE, None, {}, None),
 }
-LEVELS = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
-D4RL = {  # id: folder and file
-    f"{agent}-{level}-v2": f"gym_mujoco_v2/{agent}_{level.replace('-', '_')}-v2.hdf5"
-    for agent, level in itertools.product(("hopper", "walker2d", "halfcheetah", "ant"), LEVELS)
-}
-for agent, level in itertools.product(("pen", "door", "hammer", "relocate"), ("human", "cloned", "expert")):
-    D4RL[f"{agent}-{level}-v1"] = f"hand_dapg_v1/{agent}-{level}-v1.hdf5"
-D4RL_URLS = (
-    "http://rail.eecs.berkeley.edu/datasets/offline_rl/",
-    "https://huggingface.co/datasets/imone/D4RL/resolve/main/",  # a mirror
-)
-MINI_IDS = [f"{agent}-{level}-mini" for agent in ("hopper", "walker2d", "halfcheetah") for level in LEVELS[1:4]]
+LEVELS = ("random", "medium", "medium_replay", "medium_expert", "full_replay", "expert")
+D4RL = {f"{a}-{b.replace('_', '-')}-v2": f"gym_mujoco_v2/{a}_{b}-v2.hdf5" for a in [*TASKS][:4] for b in LEVELS}
+D4RL |= {f"{a}-{b}-v1": f"hand_dapg_v1/{a}-{b}-v1.hdf5" for a in [*TASKS][4:8] for b in ("human", "cloned", "expert")}
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-Columns = dict[str, np.ndarray]  # by KEYS and "ends", each (N, ...)
 
 
-def find_preset(given: Args) -> dict[str, Any]:
+def find_preset(given: Args) -> dict:
     """Settings of a data set, by its id or its family's."""
     name = re.sub(r"^\w+/|-v\d+$", "", given.env_id).replace("/", "-")  # Minari's D4RL/antmaze/umaze-v1 too
-    return MINI if given.env_id in MINI_IDS else TASKS.get(name.split("-")[0], ({},))[0]
+    return MINI if given.env_id.endswith("-mini") else TASKS.get(name.split("-")[0], ({},))[0]
 
 
-def flatten(obs: Any, rows: int) -> np.ndarray:
+def flatten(obs, rows: int) -> np.ndarray:
     """Observations as (rows, S); dictionaries in sorted key order."""
     if isinstance(obs, dict):
         return np.concatenate([flatten(obs[key], rows) for key in sorted(obs)], axis=1)
     return np.reshape(obs, (rows, -1))
 
 
-def read_minari(env_id: str) -> tuple[Columns, Callable, tuple | None]:
+def read_minari(env_id: str) -> tuple:
     """Columns, environment and reference returns of a Minari set."""
     import minari  # pip install 'minari[all]'
 
@@ -757,28 +727,25 @@ def read_minari(env_id: str) -> tuple[Columns, Callable, tuple | None]:
     return columns, partial(dataset.recover_environment, eval_env=True), None if None in reference else reference
 
 
-def read_hdf5(args: Args) -> Columns:
+def read_hdf5(args: Args) -> dict:
     """Columns of --dataset-path, a bundled file, or D4RL's in D4RL_DATASET_DIR, downloaded where it is missing."""
     path = Path(args.dataset_path or Path(__file__).with_name("datasets") / f"{args.env_id}.hdf5")
     if args.env_id in D4RL and not args.dataset_path:
         path = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl/datasets"), Path(D4RL[args.env_id]).name)
-        for url in (D4RL_URLS[0] + D4RL[args.env_id], D4RL_URLS[1] + path.name):
+        for url in (D4RL_URL + D4RL[args.env_id], MIRROR + path.name):
             with suppress(OSError):  # those of requests are OSErrors
                 pooch.retrieve(url, None, path.name, path.parent)  # nothing where the file exists
     if not path.is_file():
-        told = f"Bundled data are in datasets/ of this script's repository, D4RL's at {D4RL_URLS[0]}"
-        raise OSError(f"{path} is missing. {told}; other data need --dataset-path")
+        raise OSError(f"{path} is missing. Bundled: github.com/OWNER/REPOSITORY; D4RL: {D4RL_URL}; else --dataset-path")
     with h5py.File(path, "r", locking=False) as file:  # some file systems have no locks
-        columns = {key: np.asarray(file[key]) for key in KEYS if key in file}
+        columns = {key: np.asarray(file[key]) for key in KEYS if key in KEYS[:4] or key in file}
         for key in file.keys() & {"episode_terminals", "truncations", "truncated"}:  # timeouts of other tools
             columns.setdefault("timeouts", np.ravel(file[key]) > np.ravel(file["terminals"]))
     return columns
 
 
-def check(columns: Columns) -> None:
+def check(columns: dict) -> None:
     """Bring columns into shape; add "ends", the last rows of episodes. ValueError: they cannot be trained on."""
-    if missing := [key for key in KEYS[:4] if key not in columns]:
-        raise ValueError(f"has no {', '.join(missing)}")
     if not columns.keys() & {"timeouts", "next_observations"}:
         raise ValueError("needs timeouts or next_observations, to tell which rows follow each other")
     n, widths = columns["rewards"].size, {key: columns[key].shape[-1:] for key in ("observations", "actions")}
@@ -791,24 +758,20 @@ def check(columns: Columns) -> None:
             raise ValueError(f"{key} has values that are not {'0 or 1' if flag else 'finite numbers up to 1e8'}")
         columns[key] = column.reshape(shape).astype(bool if flag else column.dtype)
     if columns["terminals"].mean() > 0.5:
-        say(
-            "warning: more than half of the rows are terminal. Does the file store masks, 1 where not terminal?",
-            sys.stderr,
-        )
+        say("warning: more than half of the rows are terminal: does the file store masks there?", sys.stderr)
     if "timeouts" not in columns:  # as d4rl.qlearning_dataset returns them
         follows = np.isclose(columns["next_observations"], np.roll(columns["observations"], -1, axis=0), atol=1e-6)
         columns["timeouts"], columns["ends"] = np.zeros(n, bool), ~np.all(follows, axis=1)
     columns["ends"] = columns["terminals"] | columns.get("ends", columns["timeouts"])
 
 
-def load_task(args: Args) -> tuple[Columns, Callable | None, tuple | None]:
+def load_task(args: Args) -> tuple:
     """Columns, environment and reference returns of --env-id, both with actions in [-1, 1]; exit 2 if unusable."""
     _, gym_id, options, reference = TASKS.get(args.env_id.split("-")[0], ({}, args.env_id, {}, None))
-    make: Callable = partial(gym.make, gym_id, **options)
-    hint = ""
+    make, hint = partial(gym.make, gym_id, **options), ""
     warnings.filterwarnings("ignore", ".*(out of date|GLFW|X11)")  # D4RL's tasks are of version 4
 
-    def make_env(**options: Any) -> Any:
+    def make_env(**options):
         env: Any = gym.wrappers.RescaleAction(make(**options), np.float32(-1), np.float32(1))
         space = gym.spaces.flatten_space(env.observation_space)
         env = gym.wrappers.TransformObservation(env, lambda obs: flatten(obs, 1)[0], space)
@@ -821,34 +784,34 @@ def load_task(args: Args) -> tuple[Columns, Callable | None, tuple | None]:
             columns = read_hdf5(args)
         check(columns)
         longest = int(np.diff(np.flatnonzero(columns["ends"]), prepend=-1, append=len(columns["ends"]) - 1).max())
-        evaluated = gym_id and args.eval_episodes
-        if evaluated:
-            hint = "; Adroit, AntMaze, kitchen: install gymnasium-robotics, for kitchen mujoco<3.12; or unset MUJOCO_GL"
-            env = make_env()
-            hint, shapes = "", (env.observation_space.shape, env.action_space.shape)
-            if shapes != (ours := (columns["observations"].shape[1:], columns["actions"].shape[1:])):
+        if evaluated := gym_id and args.eval_episodes:
+            hint = "; does it need gymnasium-robotics, mujoco<3.12 (kitchen), or MUJOCO_GL=egl or osmesa (videos)?"
+            env = make_env(**{"render_mode": "rgb_array"} if args.capture_video else {})
+            if args.capture_video:
+                env.reset()
+                env.render()
+            hint, shapes = "", env.observation_space.shape + env.action_space.shape
+            if shapes != (ours := columns["observations"].shape[1:] + columns["actions"].shape[1:]):
                 raise ValueError(f"{env.spec.id} has observations and actions of shapes {shapes}, the data {ours}")
-            low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-            columns["actions"] = (columns["actions"] - (high + low) / 2) / ((high - low) / 2)
+            box = env.unwrapped.action_space
+            columns["actions"] = (columns["actions"] - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
         elif gym_id is None:
             say(f"note: no evaluation: today's environments differ from that of {args.env_id}")
-        beyond = (np.abs(columns["actions"]) > 1.001).mean()
-        if beyond and not evaluated:
-            raise ValueError("actions exceed [-1, 1], and no environment is loaded that tells their range")
+        if beyond := (np.abs(columns["actions"]) > 1.001).mean():
+            if not evaluated:
+                raise ValueError("actions exceed [-1, 1], and no environment is loaded that tells their range")
+            say(f"warning: {beyond:.1%} of the actions are out of the environment's range and are clipped", sys.stderr)
     except Exception as error:  # a damaged file, the network, Minari: each raises its own
-        close = difflib.get_close_matches(args.env_id, [*MINI_IDS, *D4RL, *gym.registry])
-        hint += f"; close ids: {', '.join(close)}" if close and args.env_id not in close else ""
+        if args.env_id not in (known := [*D4RL, *gym.registry]):
+            hint += f"; known ids like it: {difflib.get_close_matches(args.env_id, known)}"
         fail(f"{args.dataset_path or args.env_id}: {str(error) or repr(error)}{hint}")
-    if beyond:
-        say(f"warning: {beyond:.1%} of the actions are out of the environment's range and are clipped", sys.stderr)
     return columns, make_env if evaluated else None, reference
 
 
-def make_transitions(columns: Columns, args: Args) -> tuple[np.ndarray, dict[str, Any]]:
+def make_transitions(columns: dict, args: Args) -> tuple[np.ndarray, dict]:
     """Float32 rows [s, a, s', r, mask] of D4RL's qlearning_dataset; transform (s - mean) / std, scale (r + shift)."""
     obs, r = columns["observations"], columns["rewards"].astype(np.float64)
-    keep = ~columns["timeouts"]  # terminal rows are kept, with a mask of 0
-    keep[-1:] = False
+    keep = ~columns["timeouts"] & (np.arange(len(r)) < len(r) - 1)  # terminal rows are kept, with a mask of 0
     if not keep.any():
         fail("the data hold no transition: timeout rows and the last one do not count")
     returns = np.add.reduceat(r, np.flatnonzero(np.append(True, columns["ends"][:-1])))
@@ -885,7 +848,7 @@ def returns_to_go(r: np.ndarray, terminals: np.ndarray, ends: np.ndarray, gamma:
 
 
 # ---------------------------------------------------------------------------------------------------------- Evaluation
-def evaluate(act: Callable, envs: list[gym.Env], seeds: list[int], stop: list[int]) -> dict[str, np.ndarray]:
+def evaluate(act: Callable, envs: list, seeds: list, stop: list) -> dict:
     """One episode per environment, side by side; act maps observations (n, S) to actions. {} once `stop` fills."""
     obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
     found = {"episodic_return": np.zeros(len(envs)), "episodic_length": np.zeros(len(envs))}
@@ -905,34 +868,26 @@ def evaluate(act: Callable, envs: list[gym.Env], seeds: list[int], stop: list[in
 
 
 # -------------------------------------------------------------------------------------------------- Speed, checkpoints
-class Graphed:
-    """A function as a CUDA graph: Python numbers are fixed at its capture. Each call overwrites the last result."""
-
-    def __init__(self, function: Callable, *generators: torch.Generator) -> None:
-        self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
-        self.graph: Any = torch.cuda.CUDAGraph()
-        for generator in generators:
-            self.graph.register_generator_state(generator)
-
-    def __call__(self) -> Any:
-        self.calls += 1
-        if self.calls < 4:  # on a stream of its own, as a capture needs it
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.result = self.function()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return self.result
-        if self.calls == 4:
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.result = self.function()
-        self.graph.replay()
-        return self.result
+def graphed(function: Callable) -> Iterator:
+    """Its results, by a CUDA graph: numbers are fixed at the capture, and each result overwrites the one before."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    for _ in range(3):  # on a stream of its own, as a capture needs it
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = function()
+        torch.cuda.current_stream().wait_stream(stream)
+        yield result
+    with torch.cuda.graph(graph, stream=stream):
+        result = function()
+    while True:
+        graph.replay()
+        yield result
 
 
-def load_checkpoint(folder: str) -> dict[str, Any]:
+def load_checkpoint(folder: str | None) -> dict:
     """The checkpoint of a run folder; exit 2 if there is none."""
     try:
-        checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
+        checkpoint = torch.load(Path(folder or "") / "checkpoint.pt", map_location="cpu", weights_only=True)
         Args(**checkpoint["args"])  # a TypeError tells of another script
         return checkpoint
     except Exception as error:  # whatever torch.load raises
@@ -940,7 +895,7 @@ def load_checkpoint(folder: str) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
-def say(text: object, file: Any = None) -> None:
+def say(text, file=None) -> None:
     """Print above the progress bar. A terminal or reader that went away, or a full disk, does not end the run."""
     file = file or sys.stdout
     try:
@@ -950,7 +905,7 @@ def say(text: object, file: Any = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-def fail(message: object, code: int = 2) -> NoReturn:
+def fail(message, code: int = 2) -> NoReturn:
     """End with one line on stderr; exit code 2: bad arguments or data."""
     say(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", sys.stderr)
     raise SystemExit(code)
@@ -961,19 +916,18 @@ def parse_args(argv: list[str]) -> Args:
     given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
     saved = load_checkpoint(given.resume)["args"] if given.resume else {}
     preset = find_preset(given)
-    shown = ", ".join(f"{name} {value}" for name, value in preset.items())
-    about = f"{Args.__doc__} Defaults from the preset of {given.env_id}: {shown or 'none'}."
+    about = f"{Args.__doc__} From the preset of {given.env_id} come the defaults of {', '.join(preset)}."
     default = Args(**(preset | {"env_id": given.env_id} | saved | {"resume": given.resume}))
     return tyro.cli(Args, args=argv, default=default, description=about)
 
 
-def main(args: Args) -> dict[str, Any]:
+def main(args: Args) -> dict:
     """Train and evaluate; returns what result.json holds."""
     with ExitStack() as exits:  # leaves files, terminal and signals as they were
         return run(args, exits)
 
 
-def run(args: Args, exits: ExitStack) -> dict[str, Any]:
+def run(args: Args, exits: ExitStack) -> dict:
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     try:
@@ -984,12 +938,11 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
     torch.set_num_threads(args.num_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(args.seed)
-    if sys.platform == "linux":  # stop glibc returning freed memory: else every update pays page faults, a tenth of it
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 32 << 20)
+    for option in (-1, -3) if sys.platform == "linux" else ():  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: stop glibc
+        ctypes.CDLL(None).mallopt(option, 32 << 20)  # returning freed memory; uncompiled, page faults cost a tenth
 
     # Data and environments
-    saved = load_checkpoint(args.resume) if args.resume else {}
+    saved = load_checkpoint(args.resume) if args.resume or args.eval_only else {}
     columns, make_env, reference = load_task(replace(args, eval_episodes=max(args.eval_episodes, 1)))
     if make_env is None:
         fail(f"no environment is known for {args.env_id}: the online phase needs one")
@@ -997,8 +950,6 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
     digest = hashlib.sha256(transitions.tobytes()).hexdigest()
     if saved.get("data", digest) != digest:
         fail("the data are not those that the resumed run was trained on")
-    if args.eval_only and not saved:
-        fail("--eval-only needs --resume")
     fixed = ["offline_updates", "gamma", "denoiser_width", "denoiser_layers", "energy_width"]
     for name in fixed if saved else ():  # online, other arguments may be new: many runs can share one offline agent
         if getattr(args, name) != saved["args"][name]:
@@ -1014,29 +965,24 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
     diffused = data if "next_observations" in columns else data[data[:, D + 1] > 0]
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}")
     folder = Path(args.resume if args.resume and not args.eval_only else Path(args.runs_dir, name)).resolve()
-    envs = [make_env() for _ in range(args.eval_episodes)]
-    online_env = make_env(**{"eval_env": False} if "/" in args.env_id and not args.dataset_path else {})  # the data's
+    envs = [exits.enter_context(make_env()) for _ in range(args.eval_episodes)]
+    options = {"eval_env": False} if "/" in args.env_id and not args.dataset_path else {}  # the data's, if Minari's
+    online_env = exits.enter_context(make_env(**options))
     if envs and args.capture_video:
-        name = f"from-{time.time_ns() // 1_000_000}"  # not over older ones
-        try:
-            env = make_env(render_mode="rgb_array")
-            env.reset()
-            env.render()
-        except Exception as error:
-            fail(f"--capture-video: {error!r}; without a display set MUJOCO_GL=egl or MUJOCO_GL=osmesa")
-        envs[0] = gym.wrappers.RecordVideo(env, str(folder / "videos"), lambda _: True, name_prefix=name)
-    for env in (*envs, online_env):
-        exits.callback(env.close)  # which writes the last video
+        film = partial(gym.wrappers.RecordVideo, name_prefix=f"from-{saved.get('step', 0)}")  # not over older ones
+        envs[0] = exits.enter_context(film(make_env(render_mode="rgb_array"), str(folder / "videos"), lambda _: True))
 
     # Networks, optimisers, update, online and synthetic transitions
     networks = {name: network.to(device) for name, network in make_networks(obs_dim, act_dim, args).items()}
-    update, optimizers = make_update(args, networks)
+    update, optimizer = make_update(args, networks)
     edm, coordinates, actor = EDM(args, device), Coordinates(diffused[:, :D], obs_dim), networks["actor"]
-    state = networks | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
-    for name, part in state.items() if saved else ():
-        if "optimizer" in name:  # options of this device
-            saved[name]["param_groups"] = part.state_dict()["param_groups"]
-        part.load_state_dict(saved[name])
+    state = networks | {"optimizer": optimizer}
+    if saved:
+        saved["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # options of this device
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+        torch.set_rng_state(saved["rng"][0])
+        torch.cuda.set_rng_state_all(saved["rng"][1 : 1 + torch.cuda.device_count()])
     step, seconds = saved.get("step", 0), saved.get("seconds", 0.0)
     count = max(step - args.offline_updates, 0)  # of transitions in `online`
     online = torch.zeros(args.online_steps, data.shape[1], device=device)
@@ -1050,11 +996,11 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
     if generative and 0 < args.online_steps <= args.first_round:
         say(f"warning: no synthetic data: --first-round {args.first_round} is past --online-steps", sys.stderr)
 
-    def observe(obs: np.ndarray) -> Tensor:
+    def observe(obs):
         return torch.as_tensor((obs - transform["mean"]) / transform["std"], dtype=torch.float32, device=device)
 
     @torch.no_grad()
-    def interact() -> None:
+    def interact():
         """One step of the policy in the environment, into row `count` of the online transitions."""
         s = observe(interaction.obs)
         a = actor(s[None], torch.randn(1, act_dim, device=device))[0][0].clamp(-0.999, 0.999)
@@ -1071,18 +1017,18 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
 
     batch = torch.zeros(args.batch_size, data.shape[1], device=device)  # one for all updates, as a CUDA graph needs it
 
-    def train(cql_alpha: float) -> dict[str, Tensor]:
+    def train(cql_alpha):
         s, a, next_s, tail = batch.split([obs_dim, act_dim, obs_dim, 3], dim=1)
         return update(s, a, next_s, *tail.unbind(1), cql_alpha)
 
-    trains: dict[float, Callable] = {alpha: partial(train, alpha) for alpha in (args.cql_alpha, args.cql_alpha_online)}
+    trains: dict = {alpha: partial(train, alpha) for alpha in (args.cql_alpha, args.cql_alpha_online)}
     observed = torch.zeros(args.eval_episodes, obs_dim, device=device)
 
     @torch.no_grad()
-    def select() -> Tensor:
-        return actor.mode(observed)
+    def select():
+        return actor.distribution(observed).mean.tanh()  # without noise
 
-    def act(obs: np.ndarray) -> np.ndarray:
+    def act(obs):
         observed.copy_(torch.as_tensor((obs - transform["mean"]) / transform["std"]))
         return select().cpu().numpy()
 
@@ -1097,82 +1043,75 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
         if device.type == "cuda":
             for name in ("denoiser", "denoiser_ema", "energies"):
                 networks[name].compile()
-            trains, select = {alpha: Graphed(function) for alpha, function in trains.items()}, Graphed(select)
+            trains = {alpha: graphed(function).__next__ for alpha, function in trains.items()}
+            select = graphed(select).__next__
 
     # Run files
-    folder.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True)
+    writer = exits.enter_context(SummaryWriter(str(folder), purge_step=step + 1))
     about = {"args": vars(args), "data": digest, "torch": str(torch.__version__), "device": str(device)}
-    about["commit"] = git.stdout.decode().strip()  # empty without git
+    about["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
     (folder / f"args{f'-{step}' if logged else ''}.json").write_text(json.dumps(about, indent=1) + "\n")
-    say("\n  ".join([f"{folder}: {len(data)} transitions on {device}", *(f"{n} = {v}" for n, v in vars(args).items())]))
+    say(f"{folder}: {len(data)} transitions, {json.dumps(about, indent=1)}")
     rows = exits.enter_context(open(folder / "metrics.jsonl", "a"))  # noqa: SIM115
     rows.truncate(logged)  # what a killed run logged after its checkpoint
-    writer, tracker = exits.enter_context(SummaryWriter(str(folder), purge_step=step + 1)), None
     if args.track:
         import wandb
 
-        options: dict[str, Any] = {"project": args.wandb_project, "name": folder.name, "config": vars(args)}
-        options["group"] = os.environ.get("WANDB_RUN_GROUP", folder.name)  # each start has a history of its own
         try:
-            tracker = exits.enter_context(wandb.init(**options, dir=folder.parent))
+            group = os.environ.get("WANDB_RUN_GROUP", folder.name)  # each start has a history of its own
+            wandb.init(project=args.wandb_project, group=group, name=folder.name, config=vars(args), dir=folder.parent)
+            exits.callback(wandb.finish)
         except Exception as error:  # no key, no network
             fail(f"--track: {error}; `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
     bar = exits.enter_context(tqdm(total=args.num_updates, initial=step, disable=not sys.stderr.isatty()))
 
-    def log(numbers: dict[str, float], episodes: dict[str, list[float]]) -> None:
+    def log(numbers, episodes):
         """A row to metrics.jsonl; its numbers to TensorBoard, Weights & Biases and the terminal."""
         print(json.dumps({"step": step, **numbers, **episodes}), file=rows, flush=True)
         try:
             for name, value in numbers.items():
                 writer.add_scalar(name, value, step)
-            if tracker:
-                tracker.log(numbers | {"global_step": step})
+            if args.track:
+                wandb.log(numbers | {"global_step": step})
         except Exception as error:  # the file has everything
             say(f"warning: update {step} not logged to TensorBoard or Weights & Biases: {error!r}", sys.stderr)
-        told = ("charts/", "losses/diffusion_loss", "losses/q_mean")
-        shown = ", ".join(f"{n.split('/')[1]} {value:.4g}" for n, value in numbers.items() if n.startswith(told))
+        told = [name for name in numbers if re.search("charts|diffusion|q_mean", name)]
+        shown = ", ".join(f"{name.split('/')[1]} {numbers[name]:.4g}" for name in told)
         bar.set_postfix_str(shown)
-        if bar.disable or episodes:
-            say(f"update {step}/{args.num_updates}: {shown}")
+        say(f"update {step}/{args.num_updates}: {shown}")
 
-    stop: list[int] = []  # a signal that came; a second one ends the process at once
+    stop: list[int] = []  # a signal that came
     interruptible = False  # in a round, which a resume makes again: a signal does not wait for its end
 
     def leave() -> NoReturn:
         say(f"stopped at update {step}; continue with --resume {folder}", sys.stderr)
         raise SystemExit(128 + stop[0])
 
-    def on_signal(number: int, frame: Any) -> None:
+    def on_signal(number, frame):
         stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
         if interruptible:
             leave()
 
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) != signal.SIG_IGN:  # of nohup
             exits.callback(signal.signal, number, signal.signal(number, on_signal))
-    if saved:
-        torch.set_rng_state(saved["rng"][0])
-        torch.cuda.set_rng_state_all(saved["rng"][1 : 1 + torch.cuda.device_count()])
 
     # Loop
-    metrics: dict[str, Tensor] = {}
-    start = time.perf_counter()
+    metrics, begin, start = dict[str, Tensor](), step, time.perf_counter()
     while True:
         last = args.eval_only or step >= args.num_updates
         stopping = bool(stop)  # a signal after this waits for the next save
-        evaluating = bool(envs) and (last or step % args.eval_every == 0 < step)
+        evaluating = envs and (last or step % args.eval_every == 0 < step)
         since = step - args.offline_updates - args.first_round
         due = generative and since >= 0 and since % args.round_every == 0 and not last
         saving = metrics and (last or stopping or evaluating or due or step % args.save_every == 0)
-        if metrics and (saving or step % args.log_every == 0):
+        logging = metrics and (saving or step % args.log_every == 0)
+        if logging:
             values = {name: float(value) for name, value in metrics.items()}  # waits for the device
             seconds += time.perf_counter() - start
             log(values | {"charts/SPS": step / seconds}, {})
             if not all(map(math.isfinite, values.values())):
                 fail(f"diverged at update {step}; {folder} keeps the checkpoint before", code=3)
-            start = time.perf_counter()
         if saving:  # before an evaluation, in which an environment may fail
             checkpoint = about | {name: part.state_dict() for name, part in state.items()} | {"step": step}
             checkpoint |= {"evaluations": evaluations, "seconds": seconds, "logged": rows.tell()}
@@ -1194,7 +1133,6 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
                     evaluations.setdefault(name, []).append(float(column.mean()))
                 each = {f"episodes/{name}": column.tolist() for name, column in episodes.items()}
                 log({f"charts/{name}": means[-1] for name, means in evaluations.items()}, each)
-            start = time.perf_counter()
         interruptible = due
         if stopping or (stop and (evaluating or due)):
             leave()
@@ -1205,7 +1143,7 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
             seen, recent = torch.cat([diffused, online[:count]]), min(args.positive_buffer, count)
             synthetic, found = make_round(args, edm, networks, coordinates, seen, recent)
             log({name: float(value) for name, value in found.items()}, {})
-            interruptible, start = False, time.perf_counter()
+            interruptible = False
 
         if step == args.offline_updates:
             say(f"update {step}: from here on, the policy acts in the environment: one step per update")
@@ -1220,13 +1158,13 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
         batch[:n] = source[torch.randint(len(source), (n,), device=device)]
         if not offline:
             batch[n:] = online[torch.randint(count, (args.batch_size - n,), device=device)]
-        first, metrics = not metrics, trains[args.cql_alpha if offline else args.cql_alpha_online]()
+        if logging or evaluating or due or step <= begin + 1:  # SPS without evaluations, rounds and compiling
+            start = time.perf_counter()
+        metrics = trains[args.cql_alpha if offline else args.cql_alpha_online]()
         step += 1
         bar.update()
-        if first:  # speeds are told without the time to compile
-            start = time.perf_counter()
 
-    result: dict[str, Any] = {"updates": step, "updates_per_second": step / max(seconds, 1e-9), "run_dir": str(folder)}
+    result = {"updates": step, "updates_per_second": step / max(seconds, 1e-9), "run_dir": str(folder)}
     for name, means in evaluations.items():
         last_10 = float(np.mean(means[-10:]))  # the paper's RAT; best is its OMS
         result[name] = {"last": means[-1], "mean_of_last_10": last_10, "best": max(means), "evaluations": len(means)}

@@ -9,7 +9,6 @@ Wang et al., Diffusion Policies as an Expressive Policy Class for Offline RL, IC
     policy improvement    -lambda E Q(s, a_hat^0), lambda = eta / E |Q|; one critic, at random   q_loss, make_update
     Diffusion-QL          the same at a whole sample instead of a_hat^0, with DIFFUSION_QL       make_update
     critics               Q on r + gamma min Q'(s', a'), a' a sample of the target policy        make_update
-    max-Q backup          min over the critics of the best of N candidates a'                    max_q_backup
     sampler               DPM-Solver (Lu et al., 2022, arXiv 2206.00927)                         Diffusion.dpm_solver
     evaluation            one of N samples, drawn with probability ~ exp(Q(s, a))                select_actions
 
@@ -31,7 +30,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -91,28 +90,18 @@ class Args:
     diffusion_coef: float = 1.0  # coefficient of the diffusion (behaviour-cloning) loss
     eta: float = 2.0  # weight of the policy improvement, lambda = eta / mean|Q|
     action_approximation: bool = True  # improve a_hat^0; off: Diffusion-QL, through the whole sampling chain
-    max_q_backup: bool = False  # targets from the best of several next actions (Diffusion-QL on AntMaze)
-    max_q_candidates: int = 10  # how many, with --max-q-backup
-    policy_target_start: int = 1_000  # updates before the policy's target moves
-    policy_target_every: int = 5  # updates between two moves of the policy's target
     # speed
     num_threads: int = 1  # CPU threads; a second one helps only on an idle machine
-    compile: Literal["auto", "on", "off"] = "auto"
-    """compile the update (on cuda also sampling, with CUDA graphs); auto: on cuda, or for 10 000 or more updates"""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """precision of float32 matrix products: highest, high (TF32) or medium (bfloat16)"""
+    compile: Literal["auto", "on", "off"] = "auto"  # compile the update; auto: on cuda, or for 10 000 or more updates
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32; high: TF32, medium: bfloat16
 
     def __post_init__(self) -> None:
-        free = "seed eval_episodes max_grad_norm diffusion_coef eta policy_target_start gamma tau"
+        free = "seed eval_episodes max_grad_norm diffusion_coef eta gamma tau"
         for name, value in vars(self).items():
             low: float = 0 if name in free.split() else 1 if type(value) is int else 1e-12
             high: float = 1 if name in ("gamma", "tau") else 1e12
             if type(value) in (int, float) and not low <= value <= high:  # NaN is not, either
                 fail(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], got {value}")
-        # The last beta of the linear schedule is 20 / K, and must be below 1
-        least = 2 if self.beta_schedule == "vp" else 21
-        if self.diffusion_steps < max(least, self.sampler_steps * (self.sampler == "dpm-solver")):
-            fail(f"--diffusion-steps must be at least {least}, and at least --sampler-steps")
 
 
 # ------------------------------------------------------------------------------------------------------------ Networks
@@ -164,9 +153,6 @@ class Critic(nn.Module):
         sa = torch.cat([s, a], dim=1)
         return self.q1(sa)[:, 0], self.q2(sa)[:, 0]
 
-    def min(self, s: Tensor, a: Tensor) -> Tensor:
-        return torch.minimum(*self(s, a))
-
 
 # ----------------------------------------------------------------------------------------------------------- Diffusion
 class Diffusion:
@@ -179,11 +165,14 @@ class Diffusion:
         if args.beta_schedule == "vp":  # beta from 0.1 to 10 in continuous time
             beta = -np.expm1(-0.1 / self.K - 0.5 * (10 - 0.1) * (2 * k - 1) / self.K**2)
         alpha_bar = np.cumprod(1 - beta)
+        # DPM-Solver would leave noise in the actions, or start with too long a step
+        if beta[-1] >= 1 or (args.sampler == "dpm-solver" and (alpha_bar[0] < 0.98 or alpha_bar[-1] < 1e-6)):
+            fail(f"--diffusion-steps {self.K}: the noise schedule needs more, or --sampler ddpm")
         alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
-        self.sampler, self.k_index = args.sampler, table(k - 1)
-        # Unrolled, many calls of the network would compile for minutes
-        self.chain = torch.compiler.disable(self.ddpm) if self.K > 20 else self.ddpm
-        self.num_noises = self.K + 1 if self.sampler == "ddpm" else 1  # Gaussian vectors that one sample takes
+        self.sample, self.num_noises, self.k_index = self.dpm_solver, 1, table(k - 1)
+        if args.sampler == "ddpm":  # unrolled, many calls of the network would compile for minutes
+            self.sample = torch.compiler.disable(self.ddpm) if self.K > 20 else self.ddpm
+            self.num_noises = self.K + 1
         self.sqrt_alpha_bar = table(alpha_bar**0.5)
         self.sqrt_one_minus_alpha_bar = table((1 - alpha_bar) ** 0.5)
         # The paper's ELBO weight divides by 1 - abar^{k-1}, which is 0 at k = 1: there, by 1 - abar^1
@@ -193,10 +182,8 @@ class Diffusion:
         self.posterior_ak = table((1 - alpha_bar_prev) * (1 - beta) ** 0.5 / (1 - alpha_bar))
         self.posterior_std = table((beta * (1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5)
         # DPM-Solver calls the network at times t from 1 to 1e-3, or to the first step (the official code: NaN), and
-        # log alpha_t is linear between the t = k / K. Where a schedule ends without signal, its first steps would be
-        # too long: there t starts at abar = 5e-4
-        lost = 5e-4 if alpha_bar[-1] < 1e-5 else 0
-        t = np.linspace((alpha_bar > lost).sum() / self.K, max(1e-3, 1 / self.K), steps + 1)
+        # log alpha_t is linear between the t = k / K
+        t = np.linspace(1.0, max(1e-3, 1 / self.K), steps + 1)
         log_alpha = np.interp(t, k / self.K, 0.5 * np.log(alpha_bar))
         log_sigma = 0.5 * np.log(1 - np.exp(2 * log_alpha))
         self.alpha, self.sigma = np.exp(log_alpha).tolist(), np.exp(log_sigma).tolist()
@@ -205,8 +192,6 @@ class Diffusion:
         self.orders = [order] * (steps // order) + [steps % order] * (steps % order > 0)
         if order == 3 and steps % 3 == 0:  # the last steps are where order 3 is least stable
             self.orders[-1:] = [2, 1]
-        if self.sampler == "dpm-solver" and self.sigma[-1] > 0.15:  # such noise stays in the actions
-            fail(f"dpm-solver would end at a noise of {self.sigma[-1]:.2f}: more --diffusion-steps, or --sampler ddpm")
 
     def add_noise(self, a0: Tensor, k: Tensor, epsilon: Tensor) -> Tensor:
         """a^k of actions (B, A), steps (B,) and noise (B, A)."""
@@ -217,10 +202,6 @@ class Diffusion:
         a0 = (a_k - self.sqrt_one_minus_alpha_bar[k, None] * epsilon) / self.sqrt_alpha_bar[k, None]
         return a0.clamp(-1, 1)
 
-    def sample(self, policy: Policy, s: Tensor, noise: Tensor) -> Tensor:
-        """Actions (B, A) for states (B, S), from Gaussian noise (num_noises, B, A)."""
-        return self.dpm_solver(policy, s, noise[0]) if self.sampler == "dpm-solver" else self.chain(policy, s, noise)
-
     def ddpm(self, policy: Policy, s: Tensor, noise: Tensor) -> Tensor:
         """Ancestral sampling; noise (K + 1, B, A): a^K, then one per step."""
         a = noise[0]
@@ -229,16 +210,16 @@ class Diffusion:
             a = self.posterior_a0[k] * a0 + self.posterior_ak[k] * a + self.posterior_std[k] * z  # std is 0 at the end
         return a
 
-    def dpm_solver(self, policy: Policy, s: Tensor, a: Tensor) -> Tensor:
-        """Singlestep DPM-Solver from a^K (B, A)."""
+    def dpm_solver(self, policy: Policy, s: Tensor, noise: Tensor) -> Tensor:
+        """Singlestep DPM-Solver; noise (1, B, A): a^K."""
 
-        def epsilon(x: Tensor, i: int) -> Tensor:
+        def epsilon(x, i):
             """The noise at time t_i, clipped so that the action it implies lies in [-1, 1]."""
             predicted = policy(s, x, self.t_index[i])
             a0 = ((x - self.sigma[i] * predicted) / self.alpha[i]).clamp(-1, 1)
             return (x - self.alpha[i] * a0) / self.sigma[i]
 
-        i = 0
+        a, i = noise[0], 0
         for order in self.orders:
             a = self.dpm_solver_step(epsilon, a, i, order)
             i += order
@@ -249,7 +230,7 @@ class Diffusion:
         e0, alpha, sigma = epsilon(x, i), self.alpha[i:], self.sigma[i:]
         h = [lambda_ - self.lambda_[i] for lambda_ in self.lambda_[i:]]  # r_1 h, r_2 h and h of the paper
 
-        def move(j: int, correction: Tensor | float = 0.0) -> Tensor:
+        def move(j, correction=0.0):
             return alpha[j] / alpha[0] * x - sigma[j] * (math.expm1(h[j]) * e0 + correction)
 
         if order == 1:  # DPM-Solver-1, which is DDIM
@@ -267,45 +248,34 @@ def q_loss(q: Tensor, scale: Tensor, eta: float) -> Tensor:
     return -eta / scale.detach().abs().mean() * q.mean()
 
 
-def max_q_backup(q1: Tensor, q2: Tensor) -> Tensor:
-    """min over the critics of the best of N candidates: (B, N), (B, N) -> (B,)."""
-    return torch.minimum(q1.amax(1), q2.amax(1))
-
-
-def make_networks(obs_dim: int, act_dim: int) -> dict[str, Any]:
+def make_networks(obs_dim: int, act_dim: int) -> dict:
     """The networks and their target copies."""
     networks: dict[str, Any] = {"policy": Policy(obs_dim, act_dim), "critic": Critic(obs_dim, act_dim)}
     return networks | {f"{name}_target": copy.deepcopy(net).requires_grad_(False) for name, net in networks.items()}
 
 
-def draw(args: Args, diffusion: Diffusion, act_dim: int, device: torch.device) -> dict[str, Tensor]:
+def draw(args: Args, diffusion: Diffusion, act_dim: int, device: torch.device) -> dict:
     """Random draws of one update: k, epsilon, noise of the actions that are improved and of the next, which critic."""
     k, B = torch.randint(diffusion.K, (args.batch_size,), device=device), args.batch_size
     chain = 0 if args.action_approximation else diffusion.num_noises
-    candidates = args.max_q_candidates if args.max_q_backup else 1
     draws = {"k": k, "epsilon": torch.randn(B, act_dim, device=device)}
     draws["noise"] = torch.randn(chain, B, act_dim, device=device)
-    draws["next_noise"] = torch.randn(diffusion.num_noises, B * candidates, act_dim, device=device)
+    draws["next_noise"] = torch.randn(diffusion.num_noises, B, act_dim, device=device)
     return draws | {"first_critic": torch.rand((), device=device) < 0.5}
 
 
-def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> tuple[Callable, dict[str, Any]]:
-    """Algorithm 1 with TD3's objective: the update, (batch, number of the update, draws) -> metrics; its optimisers."""
+def make_update(args: Args, diffusion: Diffusion, networks: dict) -> tuple:
+    """Algorithm 1 with TD3's objective: the update, (batch, number of the update, draws) -> metrics; its optimiser."""
     policy, critic, policy_target, critic_target = networks.values()
-    minimize, step, optimizers = make_optimizers(args, networks, "policy", "critic")
+    backward, step, optimizer = make_optimizer(args, networks)
 
-    def update(
-        s: Tensor, a: Tensor, next_s: Tensor, r: Tensor, mask: Tensor, count: Tensor,
-        k: Tensor, epsilon: Tensor, noise: Tensor, next_noise: Tensor, first_critic: Tensor,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        # Q: TD target from one whole sample of the target policy, or the best of several
+    def update(s, a, next_s, r, mask, count, k, epsilon, noise, next_noise, first_critic):
+        # Q: TD target from one whole sample of the target policy
         with torch.no_grad():
-            next_states = next_s.repeat_interleave(args.max_q_candidates, dim=0) if args.max_q_backup else next_s
-            next_a = diffusion.sample(policy_target, next_states, next_noise)
-            if args.max_q_backup or not args.action_approximation:  # else the official code does not clip
+            next_a = diffusion.sample(policy_target, next_s, next_noise)
+            if not args.action_approximation:  # else the official code does not clip
                 next_a = next_a.clamp(-1, 1)
-            q1, q2 = (q.view(len(s), -1) for q in critic_target(next_states, next_a))
-            next_v = max_q_backup(q1, q2)  # of one candidate: the minimum of both
+            next_v = torch.minimum(*critic_target(next_s, next_a))
         q1, q2 = critic(s, a)
         target = r + args.gamma * mask * next_v
         qf1_loss, qf2_loss = nn.functional.mse_loss(q1, target), nn.functional.mse_loss(q2, target)
@@ -328,49 +298,47 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict[str, Any]) -> t
         losses = {"policy_loss": policy_loss, "diffusion_loss": diffusion_loss, "guidance_loss": guidance_loss}
         losses |= {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "q_mean": q1.mean(), "q_max": q1.max()}
         metrics = {f"losses/{name}": loss.detach() for name, loss in losses.items()}
-        minimize("policy", policy_loss)
-        minimize("critic", qf1_loss + qf2_loss)
-        step("policy", "critic")
+        backward(policy, policy_loss)
+        backward(critic.q1, qf1_loss)
+        backward(critic.q2, qf2_loss)
+        step()
         with torch.no_grad():
             torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
-            moves = (count > args.policy_target_start) & (count % args.policy_target_every == 0)
+            moves = (count > 1_000) & (count % 5 == 0)  # as in the official code
             for target, parameter in zip(policy_target.parameters(), policy.parameters(), strict=True):
                 target.lerp_(parameter, moves * args.tau)
         return metrics
 
     if not args.action_approximation and diffusion.num_noises > 21:  # gradients cannot cross the uncompiled chain
         update = partial(torch.compiler.disable(update))  # torch.compile would look through `disable` alone
-    return update, optimizers
+    return update, optimizer
 
 
 @torch.no_grad()
-def select_actions(
-    diffusion: Diffusion, policy: Policy, critic: Critic, s: Tensor, candidates: int, generator: torch.Generator
-) -> Tensor:
+def select_actions(diffusion: Diffusion, policy: Policy, critic: Critic, s: Tensor, candidates: int) -> Tensor:
     """Energy-based action selection: of N actions per state (n, S), one (n, A) with probability ~ exp(min Q)."""
     s = s.repeat_interleave(candidates, dim=0)
-    noise = torch.randn(diffusion.num_noises, len(s), policy.act_dim, generator=generator, device=s.device)
+    noise = torch.randn(diffusion.num_noises, len(s), policy.act_dim, device=s.device)
     a = diffusion.sample(policy, s, noise).clamp(-1, 1)  # the official code does not clip
-    q = critic.min(s, a).view(-1, candidates)
-    choice = torch.multinomial(q.nan_to_num().softmax(dim=1), 1, generator=generator)
+    q = torch.minimum(*critic(s, a)).view(-1, candidates)
+    choice = torch.multinomial(q.nan_to_num().softmax(dim=1), 1)
     return a.view(*q.shape, -1).take_along_dim(choice[..., None], dim=1)[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------- Data
 # Presets of the families of D4RL's and Minari's ids. Rewards and bounds of the gradient norm are the official code's.
-LOCOMOTION: dict[str, Any] = {}
-SPARSE: dict[str, Any] = {"reward_transform": "min-max", "num_updates": 1_000_000}
+LOCOMOTION: dict = {}
+SPARSE = {"reward_transform": "min-max", "num_updates": 1_000_000}
 ANTMAZE = SPARSE | {"reward_transform": "times-four"}
-CLIPS = {
+CLIPS = {  # where it is not 5
     "halfcheetah-medium": 9, "halfcheetah-medium-replay": 2, "halfcheetah-medium-expert": 7,
-    "hopper-medium": 9, "hopper-medium-replay": 4, "hopper-medium-expert": 5,
-    "walker2d-medium": 1, "walker2d-medium-replay": 4, "walker2d-medium-expert": 5,
+    "hopper-medium": 9, "hopper-medium-replay": 4, "walker2d-medium": 1, "walker2d-medium-replay": 4,
     "antmaze-umaze": 2, "antmaze-umaze-diverse": 3, "antmaze-medium-play": 2, "antmaze-medium-diverse": 1,
     "antmaze-large-play": 10, "antmaze-large-diverse": 7, "pen-human": 7, "pen-cloned": 8,
     "kitchen-complete": 9, "kitchen-partial": 10, "kitchen-mixed": 10,
 }  # fmt: skip
 # The small sets are ours, and so are their settings: found by trying on Hopper, for a run of minutes on a CPU.
-MINI: dict[str, Any] = {
+MINI = {
     "reward_transform": "return-range", "num_updates": 20_000, "lr": 1e-3, "normalize_observations": True,
     "diffusion_steps": 100, "eval_every": 5_000, "eval_candidates": 10, "log_every": 250, "save_every": 2_500,
 }  # fmt: skip
@@ -389,39 +357,31 @@ TASKS: dict[str, Any] = {  # agent: preset, environment, its options, D4RL's ret
     "antmaze": (ANTMAZE, None, {}, None),  # the environments of D4RL's data are not those of today
     "kitchen": (SPARSE, None, {}, None),
 }
-LEVELS = ("random", "medium", "medium-replay", "medium-expert", "full-replay", "expert")
-D4RL = {  # id: folder and file
-    f"{agent}-{level}-v2": f"gym_mujoco_v2/{agent}_{level.replace('-', '_')}-v2.hdf5"
-    for agent, level in itertools.product(("hopper", "walker2d", "halfcheetah", "ant"), LEVELS)
-}
-for agent, level in itertools.product(("pen", "door", "hammer", "relocate"), ("human", "cloned", "expert")):
-    D4RL[f"{agent}-{level}-v1"] = f"hand_dapg_v1/{agent}-{level}-v1.hdf5"
-D4RL_URLS = (
-    "http://rail.eecs.berkeley.edu/datasets/offline_rl/",
-    "https://huggingface.co/datasets/imone/D4RL/resolve/main/",  # a mirror
-)
-MINI_IDS = [f"{agent}-{level}-mini" for agent in ("hopper", "walker2d", "halfcheetah") for level in LEVELS[1:4]]
+LEVELS = ("random", "medium", "medium_replay", "medium_expert", "full_replay", "expert")
+D4RL = {f"{a}-{b.replace('_', '-')}-v2": f"gym_mujoco_v2/{a}_{b}-v2.hdf5" for a in [*TASKS][:4] for b in LEVELS}
+D4RL |= {f"{a}-{b}-v1": f"hand_dapg_v1/{a}-{b}-v1.hdf5" for a in [*TASKS][4:8] for b in ("human", "cloned", "expert")}
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_observations")
-Columns = dict[str, np.ndarray]  # by KEYS and "ends", each (N, ...)
 
 
-def find_preset(given: Args) -> dict[str, Any]:
+def find_preset(given: Args) -> dict:
     """Settings of a data set, by its id or its family's."""
+    extra = {} if given.action_approximation else DIFFUSION_QL
+    if given.env_id.endswith("-mini"):
+        return MINI | (FAR_SIGHTED if re.search("hopper-medium-(mini|expert)", given.env_id) else {}) | extra
     name = re.sub(r"^\w+/|-v\d+$", "", given.env_id).replace("/", "-")  # Minari's D4RL/antmaze/umaze-v1 too
-    preset = TASKS.get(name.split("-")[0], ({},))[0] | ({"max_grad_norm": float(CLIPS[name])} if name in CLIPS else {})
-    if given.env_id in MINI_IDS:
-        preset = MINI | (FAR_SIGHTED if re.search("hopper-medium-(mini|expert)", given.env_id) else {})
-    return preset | ({} if given.action_approximation else DIFFUSION_QL)
+    return TASKS.get(name.split("-")[0], ({},))[0] | {"max_grad_norm": float(CLIPS.get(name, 5))} | extra
 
 
-def flatten(obs: Any, rows: int) -> np.ndarray:
+def flatten(obs, rows: int) -> np.ndarray:
     """Observations as (rows, S); dictionaries in sorted key order."""
     if isinstance(obs, dict):
         return np.concatenate([flatten(obs[key], rows) for key in sorted(obs)], axis=1)
     return np.reshape(obs, (rows, -1))
 
 
-def read_minari(env_id: str) -> tuple[Columns, Callable, tuple | None]:
+def read_minari(env_id: str) -> tuple:
     """Columns, environment and reference returns of a Minari set."""
     import minari  # pip install 'minari[all]'
 
@@ -438,28 +398,25 @@ def read_minari(env_id: str) -> tuple[Columns, Callable, tuple | None]:
     return columns, partial(dataset.recover_environment, eval_env=True), None if None in reference else reference
 
 
-def read_hdf5(args: Args) -> Columns:
+def read_hdf5(args: Args) -> dict:
     """Columns of --dataset-path, a bundled file, or D4RL's in D4RL_DATASET_DIR, downloaded where it is missing."""
     path = Path(args.dataset_path or Path(__file__).with_name("datasets") / f"{args.env_id}.hdf5")
     if args.env_id in D4RL and not args.dataset_path:
         path = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl/datasets"), Path(D4RL[args.env_id]).name)
-        for url in (D4RL_URLS[0] + D4RL[args.env_id], D4RL_URLS[1] + path.name):
+        for url in (D4RL_URL + D4RL[args.env_id], MIRROR + path.name):
             with suppress(OSError):  # those of requests are OSErrors
                 pooch.retrieve(url, None, path.name, path.parent)  # nothing where the file exists
     if not path.is_file():
-        told = f"Bundled data are in datasets/ of this script's repository, D4RL's at {D4RL_URLS[0]}"
-        raise OSError(f"{path} is missing. {told}; other data need --dataset-path")
+        raise OSError(f"{path} is missing. Bundled: github.com/OWNER/REPOSITORY; D4RL: {D4RL_URL}; else --dataset-path")
     with h5py.File(path, "r", locking=False) as file:  # some file systems have no locks
-        columns = {key: np.asarray(file[key]) for key in KEYS if key in file}
+        columns = {key: np.asarray(file[key]) for key in KEYS if key in KEYS[:4] or key in file}
         for key in file.keys() & {"episode_terminals", "truncations", "truncated"}:  # timeouts of other tools
             columns.setdefault("timeouts", np.ravel(file[key]) > np.ravel(file["terminals"]))
     return columns
 
 
-def check(columns: Columns) -> None:
+def check(columns: dict) -> None:
     """Bring columns into shape; add "ends", the last rows of episodes. ValueError: they cannot be trained on."""
-    if missing := [key for key in KEYS[:4] if key not in columns]:
-        raise ValueError(f"has no {', '.join(missing)}")
     if not columns.keys() & {"timeouts", "next_observations"}:
         raise ValueError("needs timeouts or next_observations, to tell which rows follow each other")
     n, widths = columns["rewards"].size, {key: columns[key].shape[-1:] for key in ("observations", "actions")}
@@ -472,24 +429,20 @@ def check(columns: Columns) -> None:
             raise ValueError(f"{key} has values that are not {'0 or 1' if flag else 'finite numbers up to 1e8'}")
         columns[key] = column.reshape(shape).astype(bool if flag else column.dtype)
     if columns["terminals"].mean() > 0.5:
-        say(
-            "warning: more than half of the rows are terminal. Does the file store masks, 1 where not terminal?",
-            sys.stderr,
-        )
+        say("warning: more than half of the rows are terminal: does the file store masks there?", sys.stderr)
     if "timeouts" not in columns:  # as d4rl.qlearning_dataset returns them
         follows = np.isclose(columns["next_observations"], np.roll(columns["observations"], -1, axis=0), atol=1e-6)
         columns["timeouts"], columns["ends"] = np.zeros(n, bool), ~np.all(follows, axis=1)
     columns["ends"] = columns["terminals"] | columns.get("ends", columns["timeouts"])
 
 
-def load_task(args: Args) -> tuple[Columns, Callable | None, tuple | None]:
+def load_task(args: Args) -> tuple:
     """Columns, environment and reference returns of --env-id, both with actions in [-1, 1]; exit 2 if unusable."""
     _, gym_id, options, reference = TASKS.get(args.env_id.split("-")[0], ({}, args.env_id, {}, None))
-    make: Callable = partial(gym.make, gym_id, **options)
-    hint = ""
+    make, hint = partial(gym.make, gym_id, **options), ""
     warnings.filterwarnings("ignore", ".*(out of date|GLFW|X11)")  # D4RL's tasks are of version 4
 
-    def make_env(**options: Any) -> Any:
+    def make_env(**options):
         env: Any = gym.wrappers.RescaleAction(make(**options), np.float32(-1), np.float32(1))
         space = gym.spaces.flatten_space(env.observation_space)
         env = gym.wrappers.TransformObservation(env, lambda obs: flatten(obs, 1)[0], space)
@@ -502,34 +455,34 @@ def load_task(args: Args) -> tuple[Columns, Callable | None, tuple | None]:
             columns = read_hdf5(args)
         check(columns)
         longest = int(np.diff(np.flatnonzero(columns["ends"]), prepend=-1, append=len(columns["ends"]) - 1).max())
-        evaluated = gym_id and args.eval_episodes
-        if evaluated:
-            hint = "; Adroit, AntMaze, kitchen: install gymnasium-robotics, for kitchen mujoco<3.12; or unset MUJOCO_GL"
-            env = make_env()
-            hint, shapes = "", (env.observation_space.shape, env.action_space.shape)
-            if shapes != (ours := (columns["observations"].shape[1:], columns["actions"].shape[1:])):
+        if evaluated := gym_id and args.eval_episodes:
+            hint = "; does it need gymnasium-robotics, mujoco<3.12 (kitchen), or MUJOCO_GL=egl or osmesa (videos)?"
+            env = make_env(**{"render_mode": "rgb_array"} if args.capture_video else {})
+            if args.capture_video:
+                env.reset()
+                env.render()
+            hint, shapes = "", env.observation_space.shape + env.action_space.shape
+            if shapes != (ours := columns["observations"].shape[1:] + columns["actions"].shape[1:]):
                 raise ValueError(f"{env.spec.id} has observations and actions of shapes {shapes}, the data {ours}")
-            low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-            columns["actions"] = (columns["actions"] - (high + low) / 2) / ((high - low) / 2)
+            box = env.unwrapped.action_space
+            columns["actions"] = (columns["actions"] - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
         elif gym_id is None:
             say(f"note: no evaluation: today's environments differ from that of {args.env_id}")
-        beyond = (np.abs(columns["actions"]) > 1.001).mean()
-        if beyond and not evaluated:
-            raise ValueError("actions exceed [-1, 1], and no environment is loaded that tells their range")
+        if beyond := (np.abs(columns["actions"]) > 1.001).mean():
+            if not evaluated:
+                raise ValueError("actions exceed [-1, 1], and no environment is loaded that tells their range")
+            say(f"warning: {beyond:.1%} of the actions are out of the environment's range and are clipped", sys.stderr)
     except Exception as error:  # a damaged file, the network, Minari: each raises its own
-        close = difflib.get_close_matches(args.env_id, [*MINI_IDS, *D4RL, *gym.registry])
-        hint += f"; close ids: {', '.join(close)}" if close and args.env_id not in close else ""
+        if args.env_id not in (known := [*D4RL, *gym.registry]):
+            hint += f"; known ids like it: {difflib.get_close_matches(args.env_id, known)}"
         fail(f"{args.dataset_path or args.env_id}: {str(error) or repr(error)}{hint}")
-    if beyond:
-        say(f"warning: {beyond:.1%} of the actions are out of the environment's range and are clipped", sys.stderr)
     return columns, make_env if evaluated else None, reference
 
 
-def make_transitions(columns: Columns, args: Args) -> tuple[np.ndarray, dict[str, Any]]:
+def make_transitions(columns: dict, args: Args) -> tuple[np.ndarray, dict]:
     """Float32 rows [s, a, s', r, mask] of D4RL's qlearning_dataset; transform (s - mean) / std, scale (r + shift)."""
     obs, r = columns["observations"], columns["rewards"].astype(np.float64)
-    keep = ~columns["timeouts"]  # terminal rows are kept, with a mask of 0
-    keep[-1:] = False
+    keep = ~columns["timeouts"] & (np.arange(len(r)) < len(r) - 1)  # terminal rows are kept, with a mask of 0
     if not keep.any():
         fail("the data hold no transition: timeout rows and the last one do not count")
     returns = np.add.reduceat(r, np.flatnonzero(np.append(True, columns["ends"][:-1])))
@@ -552,7 +505,7 @@ def make_transitions(columns: Columns, args: Args) -> tuple[np.ndarray, dict[str
 
 
 # ---------------------------------------------------------------------------------------------------------- Evaluation
-def evaluate(act: Callable, envs: list[gym.Env], seeds: list[int], stop: list[int]) -> dict[str, np.ndarray]:
+def evaluate(act: Callable, envs: list, seeds: list, stop: list) -> dict:
     """One episode per environment, side by side; act maps observations (n, S) to actions. {} once `stop` fills."""
     obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
     found = {"episodic_return": np.zeros(len(envs)), "episodic_length": np.zeros(len(envs))}
@@ -572,56 +525,45 @@ def evaluate(act: Callable, envs: list[gym.Env], seeds: list[int], stop: list[in
 
 
 # -------------------------------------------------------------------------------------------------- Speed, checkpoints
-def make_optimizers(args: Args, networks: dict[str, Any], *names: str) -> tuple[Callable, Callable, dict[str, Any]]:
-    """minimize(name, loss) sets a network's clipped gradient; step(*names) moves networks by Adam; the optimisers."""
-    cuda = next(networks["critic"].parameters()).is_cuda
-    adam = partial(torch.optim.Adam, lr=args.lr, fused=True, capturable=cuda)
-    optimizers = {name: adam(networks[name].parameters()) for name in names}
+def make_optimizer(args: Args, networks: dict) -> tuple:
+    """backward(network, loss) sets its clipped gradient, step() moves the networks that have one; Adam of all."""
+    trained = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, args.lr, fused=True, capturable=trained[0].is_cuda)
 
-    def minimize(name: str, loss: Tensor) -> None:
-        parameters = list(networks[name].parameters())
+    def backward(network, loss):
+        parameters = list(network.parameters())
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
-        if args.max_grad_norm > 0:  # of each network on its own, as in the official code
-            for network in networks[name].children() if name == "critic" else (networks[name],):
-                nn.utils.clip_grad_norm_(network.parameters(), args.max_grad_norm)
+        nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # of each network, as the official code
 
     @torch.compiler.disable  # the code between two steps compiles as one piece
-    def step(*names: str) -> None:
-        for name in names:
-            optimizers[name].step()
+    def step():
+        optimizer.step()
+        optimizer.zero_grad()
 
-    return minimize, step, optimizers
-
-
-class Graphed:
-    """A function as a CUDA graph: Python numbers are fixed at its capture. Each call overwrites the last result."""
-
-    def __init__(self, function: Callable, *generators: torch.Generator) -> None:
-        self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
-        self.graph: Any = torch.cuda.CUDAGraph()
-        for generator in generators:
-            self.graph.register_generator_state(generator)
-
-    def __call__(self) -> Any:
-        self.calls += 1
-        if self.calls < 4:  # on a stream of its own, as a capture needs it
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.result = self.function()
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return self.result
-        if self.calls == 4:
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.result = self.function()
-        self.graph.replay()
-        return self.result
+    return backward, step, optimizer
 
 
-def load_checkpoint(folder: str) -> dict[str, Any]:
+def graphed(function: Callable) -> Iterator:
+    """Its results, by a CUDA graph: numbers are fixed at the capture, and each result overwrites the one before."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    for _ in range(3):  # on a stream of its own, as a capture needs it
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = function()
+        torch.cuda.current_stream().wait_stream(stream)
+        yield result
+    with torch.cuda.graph(graph, stream=stream):
+        result = function()
+    while True:
+        graph.replay()
+        yield result
+
+
+def load_checkpoint(folder: str | None) -> dict:
     """The checkpoint of a run folder; exit 2 if there is none."""
     try:
-        checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
+        checkpoint = torch.load(Path(folder or "") / "checkpoint.pt", map_location="cpu", weights_only=True)
         Args(**checkpoint["args"])  # a TypeError tells of another script
         return checkpoint
     except Exception as error:  # whatever torch.load raises
@@ -629,7 +571,7 @@ def load_checkpoint(folder: str) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
-def say(text: object, file: Any = None) -> None:
+def say(text, file=None) -> None:
     """Print above the progress bar. A terminal or reader that went away, or a full disk, does not end the run."""
     file = file or sys.stdout
     try:
@@ -639,7 +581,7 @@ def say(text: object, file: Any = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
-def fail(message: object, code: int = 2) -> NoReturn:
+def fail(message, code: int = 2) -> NoReturn:
     """End with one line on stderr; exit code 2: bad arguments or data."""
     say(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", sys.stderr)
     raise SystemExit(code)
@@ -650,19 +592,18 @@ def parse_args(argv: list[str]) -> Args:
     given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
     saved = load_checkpoint(given.resume)["args"] if given.resume else {}
     preset = find_preset(given)
-    shown = ", ".join(f"{name} {value}" for name, value in preset.items())
-    about = f"{Args.__doc__} Defaults from the preset of {given.env_id}: {shown or 'none'}."
+    about = f"{Args.__doc__} From the preset of {given.env_id} come the defaults of {', '.join(preset)}."
     default = Args(**(preset | {"env_id": given.env_id} | saved | {"resume": given.resume}))
     return tyro.cli(Args, args=argv, default=default, description=about)
 
 
-def main(args: Args) -> dict[str, Any]:
+def main(args: Args) -> dict:
     """Train and evaluate; returns what result.json holds."""
     with ExitStack() as exits:  # leaves files, terminal and signals as they were
         return run(args, exits)
 
 
-def run(args: Args, exits: ExitStack) -> dict[str, Any]:
+def run(args: Args, exits: ExitStack) -> dict:
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     try:
@@ -673,51 +614,41 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
     torch.set_num_threads(args.num_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(args.seed)
-    if sys.platform == "linux":  # stop glibc returning freed memory: else every update pays page faults, a tenth of it
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 32 << 20)
+    for option in (-1, -3) if sys.platform == "linux" else ():  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: stop glibc
+        ctypes.CDLL(None).mallopt(option, 32 << 20)  # returning freed memory; uncompiled, page faults cost a tenth
 
     # Data and environments
-    saved = load_checkpoint(args.resume) if args.resume else {}
+    saved = load_checkpoint(args.resume) if args.resume or args.eval_only else {}
     columns, make_env, reference = load_task(args)
     transitions, transform = make_transitions(columns, args)
     digest = hashlib.sha256(transitions.tobytes()).hexdigest()
     if saved.get("data", digest) != digest:
         fail("the data are not those that the resumed run was trained on")
-    if args.eval_only and not saved:
-        fail("--eval-only needs --resume")
     obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
     data = torch.as_tensor(transitions, device=device)
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}")
     folder = Path(args.resume if args.resume and not args.eval_only else Path(args.runs_dir, name)).resolve()
-    envs = [make_env() for _ in range(args.eval_episodes)] if make_env else []
-    if make_env and envs and args.capture_video:
-        name = f"from-{time.time_ns() // 1_000_000}"  # not over older ones
-        try:
-            env = make_env(render_mode="rgb_array")
-            env.reset()
-            env.render()
-        except Exception as error:
-            fail(f"--capture-video: {error!r}; without a display set MUJOCO_GL=egl or MUJOCO_GL=osmesa")
-        envs[0] = gym.wrappers.RecordVideo(env, str(folder / "videos"), lambda _: True, name_prefix=name)
-    for env in envs:
-        exits.callback(env.close)  # which writes the last video
+    envs = [exits.enter_context(make_env()) for _ in range(args.eval_episodes)] if make_env else []
+    if envs and args.capture_video:
+        film = partial(gym.wrappers.RecordVideo, name_prefix=f"from-{saved.get('step', 0)}")  # not over older ones
+        envs[0] = exits.enter_context(film(make_env(render_mode="rgb_array"), str(folder / "videos"), lambda _: True))
 
     # Networks, optimisers, update
     diffusion = Diffusion(args, device)
     networks = {name: network.to(device) for name, network in make_networks(obs_dim, act_dim).items()}
-    update, optimizers = make_update(args, diffusion, networks)
-    state = networks | {f"{name}_optimizer": optimizer for name, optimizer in optimizers.items()}
-    for name, part in state.items() if saved else ():
-        if "optimizer" in name:  # options of this device
-            saved[name]["param_groups"] = part.state_dict()["param_groups"]
-        part.load_state_dict(saved[name])
+    update, optimizer = make_update(args, diffusion, networks)
+    state = networks | {"optimizer": optimizer}
+    if saved:
+        saved["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # options of this device
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+        torch.set_rng_state(saved["rng"][0])
+        torch.cuda.set_rng_state_all(saved["rng"][1 : 1 + torch.cuda.device_count()])
     step, seconds = saved.get("step", 0), saved.get("seconds", 0.0)
     evaluations, logged = ({}, 0) if args.eval_only else (saved.get("evaluations", {}), saved.get("logged", 0))
     count = torch.full((), step, device=device)  # of updates, as a tensor: a CUDA graph repeats a number
-    generator = torch.Generator(device)  # of evaluations, so that they do not disturb training
 
-    def train() -> dict[str, Tensor]:
+    def train():
         count.add_(1)
         index = torch.randint(len(data), (args.batch_size,), device=device)
         s, a, next_s, r, mask = data[index].split([obs_dim, act_dim, obs_dim, 1, 1], dim=1)
@@ -725,9 +656,9 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
 
     observed = torch.zeros(args.eval_episodes, obs_dim, device=device)
     policy, critic = networks["policy"], networks["critic"]
-    select: Callable = partial(select_actions, diffusion, policy, critic, observed, args.eval_candidates, generator)
+    select: Callable = partial(select_actions, diffusion, policy, critic, observed, args.eval_candidates)
 
-    def act(obs: np.ndarray) -> np.ndarray:
+    def act(obs):
         observed.copy_(torch.as_tensor((obs - transform["mean"]) / transform["std"]))
         return select().cpu().numpy()
 
@@ -741,73 +672,62 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
         if device.type == "cuda":
             policy.compile()
             critic.compile()
-            train, select = Graphed(train), Graphed(select, generator)
+            train, select = graphed(train).__next__, graphed(select).__next__
 
     # Run files
-    folder.mkdir(parents=True, exist_ok=True)
-    git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True)
+    writer = exits.enter_context(SummaryWriter(str(folder), purge_step=step + 1))
     about = {"args": vars(args), "data": digest, "torch": str(torch.__version__), "device": str(device)}
-    about["commit"] = git.stdout.decode().strip()  # empty without git
+    about["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
     (folder / f"args{f'-{step}' if logged else ''}.json").write_text(json.dumps(about, indent=1) + "\n")
-    say("\n  ".join([f"{folder}: {len(data)} transitions on {device}", *(f"{n} = {v}" for n, v in vars(args).items())]))
+    say(f"{folder}: {len(data)} transitions, {json.dumps(about, indent=1)}")
     rows = exits.enter_context(open(folder / "metrics.jsonl", "a"))  # noqa: SIM115
     rows.truncate(logged)  # what a killed run logged after its checkpoint
-    writer, tracker = exits.enter_context(SummaryWriter(str(folder), purge_step=step + 1)), None
     if args.track:
         import wandb
 
-        options: dict[str, Any] = {"project": args.wandb_project, "name": folder.name, "config": vars(args)}
-        options["group"] = os.environ.get("WANDB_RUN_GROUP", folder.name)  # each start has a history of its own
         try:
-            tracker = exits.enter_context(wandb.init(**options, dir=folder.parent))
+            group = os.environ.get("WANDB_RUN_GROUP", folder.name)  # each start has a history of its own
+            wandb.init(project=args.wandb_project, group=group, name=folder.name, config=vars(args), dir=folder.parent)
+            exits.callback(wandb.finish)
         except Exception as error:  # no key, no network
             fail(f"--track: {error}; `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
     bar = exits.enter_context(tqdm(total=args.num_updates, initial=step, disable=not sys.stderr.isatty()))
 
-    def log(numbers: dict[str, float], episodes: dict[str, list[float]]) -> None:
+    def log(numbers, episodes):
         """A row to metrics.jsonl; its numbers to TensorBoard, Weights & Biases and the terminal."""
         print(json.dumps({"step": step, **numbers, **episodes}), file=rows, flush=True)
         try:
             for name, value in numbers.items():
                 writer.add_scalar(name, value, step)
-            if tracker:
-                tracker.log(numbers | {"global_step": step})
+            if args.track:
+                wandb.log(numbers | {"global_step": step})
         except Exception as error:  # the file has everything
             say(f"warning: update {step} not logged to TensorBoard or Weights & Biases: {error!r}", sys.stderr)
-        told = ("charts/", "losses/diffusion_loss", "losses/q_mean")
-        shown = ", ".join(f"{n.split('/')[1]} {value:.4g}" for n, value in numbers.items() if n.startswith(told))
+        told = [name for name in numbers if re.search("charts|diffusion|q_mean", name)]
+        shown = ", ".join(f"{name.split('/')[1]} {numbers[name]:.4g}" for name in told)
         bar.set_postfix_str(shown)
-        if bar.disable or episodes:
-            say(f"update {step}/{args.num_updates}: {shown}")
+        say(f"update {step}/{args.num_updates}: {shown}")
 
-    stop: list[int] = []  # a signal that came; a second one ends the process at once
-
-    def on_signal(number: int, frame: Any) -> None:
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
+    stop: list[int] = []  # a signal that came
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) != signal.SIG_IGN:  # of nohup
-            exits.callback(signal.signal, number, signal.signal(number, on_signal))
-    if saved:
-        torch.set_rng_state(saved["rng"][0])
-        torch.cuda.set_rng_state_all(saved["rng"][1 : 1 + torch.cuda.device_count()])
+            handler = signal.signal(number, lambda number, frame: stop.append(number))
+            exits.callback(signal.signal, number, handler)
 
     # Loop
-    metrics: dict[str, Tensor] = {}
-    start = time.perf_counter()
+    metrics, begin, start = dict[str, Tensor](), step, time.perf_counter()
     while True:
         last = args.eval_only or step >= args.num_updates
         stopping = bool(stop)  # a signal after this waits for the next save
-        evaluating = bool(envs) and (last or step % args.eval_every == 0 < step)
+        evaluating = envs and (last or step % args.eval_every == 0 < step)
         saving = metrics and (last or stopping or evaluating or step % args.save_every == 0)
-        if metrics and (saving or step % args.log_every == 0):
+        logging = metrics and (saving or step % args.log_every == 0)
+        if logging:
             values = {name: float(value) for name, value in metrics.items()}  # waits for the device
             seconds += time.perf_counter() - start
             log(values | {"charts/SPS": step / seconds}, {})
             if not all(map(math.isfinite, values.values())):
                 fail(f"diverged at update {step}; {folder} keeps the checkpoint before", code=3)
-            start = time.perf_counter()
         if saving:  # before an evaluation, in which an environment may fail
             checkpoint = about | {name: part.state_dict() for name, part in state.items()} | {"step": step}
             checkpoint |= {"evaluations": evaluations, "seconds": seconds, "logged": rows.tell()}
@@ -818,9 +738,11 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
                 os.fsync(file.fileno())
             os.replace(file.name, folder / "checkpoint.pt")
         if evaluating and not stopping:
-            generator.manual_seed(args.seed + 1_000_003 * step)
             seeds = np.random.default_rng([args.seed, step]).integers(2**31, size=args.eval_episodes).tolist()
-            if episodes := evaluate(act, envs, seeds, stop):
+            with torch.random.fork_rng():  # evaluations do not disturb training
+                torch.manual_seed(args.seed + 1_000_003 * step)
+                episodes = evaluate(act, envs, seeds, stop)
+            if episodes:
                 if reference:
                     worst, best = reference
                     episodes["normalized_score"] = 100 * (episodes["episodic_return"] - worst) / (best - worst)
@@ -828,19 +750,18 @@ def run(args: Args, exits: ExitStack) -> dict[str, Any]:
                     evaluations.setdefault(name, []).append(float(column.mean()))
                 each = {f"episodes/{name}": column.tolist() for name, column in episodes.items()}
                 log({f"charts/{name}": means[-1] for name, means in evaluations.items()}, each)
-            start = time.perf_counter()
         if stopping or (stop and evaluating):
             say(f"stopped at update {step}; continue with --resume {folder}", sys.stderr)
             raise SystemExit(128 + stop[0])
         if last:
             break
-        first, metrics = not metrics, train()
+        if logging or evaluating or step <= begin + 1:  # SPS without evaluations, and without compiling
+            start = time.perf_counter()
+        metrics = train()
         step += 1
         bar.update()
-        if first:  # speeds are told without the time to compile
-            start = time.perf_counter()
 
-    result: dict[str, Any] = {"updates": step, "updates_per_second": step / max(seconds, 1e-9), "run_dir": str(folder)}
+    result = {"updates": step, "updates_per_second": step / max(seconds, 1e-9), "run_dir": str(folder)}
     for name, means in evaluations.items():
         last_10 = float(np.mean(means[-10:]))  # the paper's RAT; best is its OMS
         result[name] = {"last": means[-1], "mean_of_last_10": last_10, "best": max(means), "evaluations": len(means)}

@@ -85,11 +85,11 @@ def measure(name: str, args: Args, device: torch.device) -> dict[str, float]:
         s, a, next_s, r, mask = data[index].split([OBS_DIM, ACT_DIM, OBS_DIM, 1, 1], dim=1)
         return update(s, a, next_s, r[:, 0], mask[:, 0], count, **script.draw(settings, diffusion, ACT_DIM, device))
 
-    generator, observed = torch.Generator(device), torch.randn(10, OBS_DIM, device=device)
+    observed = torch.randn(10, OBS_DIM, device=device)
 
     def select() -> Any:
         policy, critic = networks["policy"], networks["critic"]
-        return script.select_actions(diffusion, policy, critic, observed, settings.eval_candidates, generator)
+        return script.select_actions(diffusion, policy, critic, observed, settings.eval_candidates)
 
     found["uncompiled"] = rate(train, device, args.seconds)
     decide: Callable[[], Any] = select
@@ -101,7 +101,7 @@ def measure(name: str, args: Args, device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         networks["policy"].compile()
         networks["critic"].compile()
-        fast, decide = script.Graphed(train), script.Graphed(select, generator)
+        fast, decide = script.graphed(train).__next__, script.graphed(select).__next__
     found["compiled"] = rate(fast, device, args.seconds)
     found["decision_ms"] = 1000 / rate(decide, device, args.seconds)
     return found

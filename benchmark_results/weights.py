@@ -84,14 +84,14 @@ def main(args: Args) -> None:
     critics_move = torch.optim.Adam([*value.parameters(), *critic.parameters()], script.lr, fused=True)
 
     def play(policy: Any, candidates: int, step: int) -> dict[str, float]:
-        generator = torch.Generator().manual_seed(args.seed)
-
         def act(obs: np.ndarray) -> np.ndarray:
             s = torch.as_tensor((obs - transform["mean"]) / transform["std"], dtype=torch.float32)
-            return edp.select_actions(diffusion, policy, critic, s, candidates, generator).numpy()
+            return edp.select_actions(diffusion, policy, critic, s, candidates).numpy()
 
         seeds = np.random.default_rng([args.seed, step]).integers(2**31, size=args.episodes).tolist()
-        returns = edp.evaluate(act, envs, seeds, [])["episodic_return"]
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            returns = edp.evaluate(act, envs, seeds, [])["episodic_return"]
         return {"return": float(returns.mean()), "standard_error": float(returns.std() / args.episodes**0.5)}
 
     rows: list[dict[str, Any]] = []
@@ -99,7 +99,7 @@ def main(args: Args) -> None:
     for step in range(1, args.updates + 1):
         s, a, next_s, r, mask = data[torch.randint(len(data), (256,))].split([S, A, S, 1, 1], dim=1)
         with torch.no_grad():
-            q, next_v = target.min(s, a), value(next_s)[:, 0]
+            q, next_v = torch.minimum(*target(s, a)), value(next_s)[:, 0]
         goal = r[:, 0] + script.gamma * mask[:, 0] * next_v
         loss = edp.value_loss(value(s)[:, 0], q, script.expectile)
         loss = loss + sum((q_data - goal).square().mean() for q_data in critic(s, a))

@@ -53,6 +53,16 @@ def golden_networks(script):
     return networks
 
 
+def keep_gradients(optimizer):
+    """Let each parameter have the gradient of its last step as `kept`."""
+
+    def zero_grad():
+        for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            parameter.kept, parameter.grad = parameter.grad, None
+
+    optimizer.zero_grad = zero_grad
+
+
 def make_columns(rows=600, obs_dim=11, act_dim=3, seed=0):
     """Random D4RL columns: an episode ends every 50 rows, in turn by a terminal and by a timeout."""
     rng = np.random.default_rng(seed)

@@ -97,7 +97,7 @@ def test_columns_of_other_names_types_and_shapes(tmp_path, name):
 
 
 BAD = {
-    "has no actions": lambda c: c.pop("actions"),
+    "actions' doesn't exist": lambda c: c.pop("actions"),
     "needs timeouts or next_observations": lambda c: (c.pop("timeouts"), c.pop("next_observations")),
     "rewards has shape": lambda c: c.update(rewards=c["rewards"][:-1]),
     "actions has shape": lambda c: c.update(actions=c["actions"][:-1]),
@@ -232,7 +232,8 @@ def test_download(monkeypatch, hopper_file, tmp_path, capsys, case):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     url, args = f"http://127.0.0.1:{server.server_port}", args_of(env_id="hopper-medium-v2")
-    monkeypatch.setattr(edp_iql, "D4RL_URLS", (f"{url}/first/", f"{url}/mirror/"))
+    monkeypatch.setattr(edp_iql, "D4RL_URL", f"{url}/first/")
+    monkeypatch.setattr(edp_iql, "MIRROR", f"{url}/mirror/")
     line = error_of(capsys, lambda: edp_iql.load_task(args))
     assert name in line and "download" in line
     size = len(whole)

@@ -97,7 +97,7 @@ def test_samplers_reproduce_gaussian_data(sampler, steps, order):
 
 
 def test_other_schedules(monkeypatch, capsys):
-    """Cosine: DPM-Solver agrees with DDPM, although abar^K is next to zero. One with a coarse first step is refused."""
+    """DPM-Solver refuses a cosine schedule, whose abar^K is next to zero, and one with a coarse first step."""
 
     def set_beta(beta):
         """Diffusion's only call of linspace for K values."""
@@ -106,12 +106,13 @@ def test_other_schedules(monkeypatch, capsys):
     linspace, f = np.linspace, np.cos((np.arange(1_001) / 1_000 + 0.008) / 1.008 * np.pi / 2) ** 2
     beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
     set_beta(beta)
-    for sampler, steps, accuracy in (("ddpm", 15, 0.02), ("dpm-solver", 60, 0.02), ("dpm-solver", 15, 0.05)):
-        a = sample_gaussian(make_diffusion(1_000, sampler, steps), np.cumprod(1 - beta))
-        assert abs(a.mean() - MEAN) < 0.5 * accuracy and abs(a.std() - STD) < accuracy, (sampler, steps)
-    set_beta(np.full(100, 0.05))
-    make_diffusion(100, "ddpm")
-    assert "--sampler ddpm" in error_of(capsys, lambda: make_diffusion(100, "dpm-solver"))
+    a = sample_gaussian(make_diffusion(1_000, "ddpm"), np.cumprod(1 - beta))
+    assert abs(a.mean() - MEAN) < 0.01 and abs(a.std() - STD) < 0.02
+    for K, other in ((1_000, beta), (100, np.full(100, 0.05))):
+        set_beta(other)
+        assert "--sampler ddpm" in error_of(capsys, lambda K=K: make_diffusion(K, "dpm-solver"))
+    monkeypatch.undo()
+    assert "--diffusion-steps 20" in error_of(capsys, lambda: make_diffusion(20))  # the last beta would be 1
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -161,8 +162,7 @@ def test_value_loss_and_weights():
     assert_close(edp_iql.iql_weight(q, v, 3.0, 100.0), torch.tensor([math.exp(3), math.exp(-3), 100.0]))
     assert_close(edp_iql.iql_weight(q, v, 0.0, 100.0), torch.ones(3))
     advantage = torch.tensor([1.0, -1.0, 9.0, 0.0])
-    assert_close(edp_crr.crr_weight(advantage, "exp", 0.5, 20.0), torch.tensor([math.exp(2), math.exp(-2), 20.0, 1.0]))
-    assert edp_crr.crr_weight(advantage, "binary", 0.5, 20.0).tolist() == [1, 0, 1, 0]
+    assert_close(edp_crr.crr_weight(advantage, 0.5, 20.0), torch.tensor([math.exp(2), math.exp(-2), 20.0, 1.0]))
 
 
 def test_diffusion_ql_differentiates_the_whole_chain():
@@ -186,7 +186,7 @@ def test_action_selection_frequencies():
     diffusion.sample = lambda policy, s, noise: offers.repeat(len(s) // 3)[:, None]
     critic.forward = lambda s, a: energies[:, (2 * a[:, 0] + 1).round().long()].unbind()
     parts = diffusion, edp_iql.Policy(1, 1), critic
-    chosen = edp_iql.select_actions(*parts, torch.zeros(30_000, 1), 3, torch.Generator().manual_seed(0))
+    chosen = edp_iql.select_actions(*parts, torch.zeros(30_000, 1), 3)
     frequencies = torch.stack([(chosen == offer).float().mean() for offer in offers])
     assert_close(frequencies, energies.amin(0).softmax(0), atol=0.01, rtol=0)
 
@@ -194,8 +194,7 @@ def test_action_selection_frequencies():
 @pytest.mark.parametrize("script, flags, noises", [
     (edp_iql, {}, {}), (edp_crr, {}, {"noise": (31, 64, 3), "z": (10, 64, 3)}),
     (edp_td3, {}, {"next_noise": (31, 64, 3)}),
-    (edp_td3, {"action_approximation": False, "max_q_backup": True},
-     {"noise": (31, 64, 3), "next_noise": (31, 640, 3)}),
+    (edp_td3, {"action_approximation": False}, {"noise": (31, 64, 3), "next_noise": (31, 64, 3)}),
 ])  # fmt: skip
 def test_draws(script, flags, noises):
     """Every step k is drawn, either critic half the time; all noise is standard normal, none of it twice."""

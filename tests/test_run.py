@@ -58,12 +58,10 @@ BRANCHES = {
         "--reward-transform times-four --diffusion-coef 0",
     ],
     "edp_crr": [
-        "--likelihood elbo --weight binary --advantage-baseline max --sampler ddpm",
-        "--policy-target-start 0 --policy-target-every 2 --reward-transform return-range",
+        "--likelihood elbo --sampler ddpm", "--likelihood simple --reward-transform return-range",
     ],
     "edp_td3": [
-        "--max-q-backup --max-q-candidates 3 --reward-transform return-range",
-        "--no-action-approximation --sampler ddpm", "--no-action-approximation --policy-target-start 0",
+        "--reward-transform return-range", "--no-action-approximation", "--no-action-approximation --sampler ddpm",
     ],
 }  # fmt: skip
 
@@ -322,8 +320,8 @@ def test_full_disk(run, tmp_path, monkeypatch, capsys):
 
 BAD = {
     "--save-every": 0, "--batch-size": -1, "--lr": "nan", "--gamma": 1.5, "--expectile": -0.1, "--weight-cap": 0,
-    "--diffusion-steps": 20, "--sampler-steps": 31, "--device": "cuda:77", "--seed": -1, "--eval-episodes": -1,
-    "--temperature": 0, "--advantage-samples": 0, "--max-q-candidates": 0, "--eta": "inf", "--policy-target-every": 0,
+    "--diffusion-steps": 20, "--sampler-steps": 0, "--device": "cuda:77", "--seed": -1, "--eval-episodes": -1,
+    "--temperature": 0, "--advantage-samples": 0, "--eta": "inf",
 }  # fmt: skip
 
 
