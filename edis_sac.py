@@ -443,7 +443,7 @@ def make_update(args: Args, networks: dict) -> tuple:
         qf1_loss, qf2_loss = F.mse_loss(q1, target), F.mse_loss(q2, target)
         cql_loss = penalty(s, next_s, mc, (q1, q2), a.shape[1]) if cql_alpha else torch.zeros((), device=s.device)
         losses = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "cql_loss": cql_loss}
-        losses |= {"alpha": alpha, "q_mean": q1.mean(), "q_max": q1.max()}
+        losses |= {"alpha": alpha, "q_mean": q1.mean()}
         # Detached before the step: a graph of gradients that crosses it would be compiled for a second backward pass
         metrics = {f"losses/{name}": loss.detach() for name, loss in losses.items()}
         backward(critic, qf1_loss + qf2_loss + cql_alpha * cql_loss)
@@ -700,7 +700,9 @@ KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_obs
 def find_preset(given: Args) -> dict:
     """Settings of a data set, by its id or its family's."""
     name = re.sub(r"^\w+/|-v\d+$", "", given.env_id).replace("/", "-")  # Minari's D4RL/antmaze/umaze-v1 too
-    return MINI if given.env_id.endswith("-mini") else TASKS.get(name.split("-")[0], ({},))[0]
+    if re.fullmatch("(hopper|walker2d|halfcheetah)-medium(-replay|-expert)?-mini", given.env_id):
+        return MINI
+    return TASKS.get(name.split("-")[0], ({},))[0]
 
 
 def flatten(obs, rows: int) -> np.ndarray:
@@ -722,7 +724,7 @@ def read_minari(env_id: str) -> tuple:
         obs, timeouts = flatten(e.observations, len(e.rewards) + 1), e.truncations & ~e.terminations
         timeouts[-1] = not e.terminations[-1]  # an episode may end with neither flag
         episodes.append((obs[:-1], e.actions, e.rewards, e.terminations, timeouts, obs[1:]))
-    columns = dict(zip(KEYS, map(np.concatenate, zip(*episodes, strict=True)), strict=True))
+    columns = dict(zip(KEYS, map(np.concatenate, zip(*episodes))))
     reference = (meta.get("ref_min_score"), meta.get("ref_max_score"))
     return columns, partial(dataset.recover_environment, eval_env=True), None if None in reference else reference
 
@@ -793,6 +795,8 @@ def load_task(args: Args) -> tuple:
             hint, shapes = "", env.observation_space.shape + env.action_space.shape
             if shapes != (ours := columns["observations"].shape[1:] + columns["actions"].shape[1:]):
                 raise ValueError(f"{env.spec.id} has observations and actions of shapes {shapes}, the data {ours}")
+            if env.unwrapped.spec.max_episode_steps is None:
+                say(f"note: {env.spec.id} has no step limit: episodes end after {longest} steps, the data's longest")
             box = env.unwrapped.action_space
             columns["actions"] = (columns["actions"] - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
         elif gym_id is None:
@@ -802,8 +806,8 @@ def load_task(args: Args) -> tuple:
                 raise ValueError("actions exceed [-1, 1], and no environment is loaded that tells their range")
             say(f"warning: {beyond:.1%} of the actions are out of the environment's range and are clipped", sys.stderr)
     except Exception as error:  # a damaged file, the network, Minari: each raises its own
-        if args.env_id not in (known := [*D4RL, *gym.registry]):
-            hint += f"; known ids like it: {difflib.get_close_matches(args.env_id, known)}"
+        close = difflib.get_close_matches(args.env_id, [*D4RL, *gym.registry], cutoff=0.9)
+        hint += f"; close ids: {', '.join(close)}" if close and args.env_id not in close else ""
         fail(f"{args.dataset_path or args.env_id}: {str(error) or repr(error)}{hint}")
     return columns, make_env if evaluated else None, reference
 
@@ -850,14 +854,14 @@ def returns_to_go(r: np.ndarray, terminals: np.ndarray, ends: np.ndarray, gamma:
 # ---------------------------------------------------------------------------------------------------------- Evaluation
 def evaluate(act: Callable, envs: list, seeds: list, stop: list) -> dict:
     """One episode per environment, side by side; act maps observations (n, S) to actions. {} once `stop` fills."""
-    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
+    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
     found = {"episodic_return": np.zeros(len(envs)), "episodic_length": np.zeros(len(envs))}
     running = list(range(len(envs)))
     while running and not stop:
         actions = act(obs)  # of finished episodes too: shapes do not change
         for i in list(running):
             obs[i], reward, terminated, truncated, info = envs[i].step(actions[i])
-            found["episodic_return"][i] += float(reward)
+            found["episodic_return"][i] += reward
             found["episodic_length"][i] += 1
             for key in info.keys() & {"success", "is_success"}:  # Adroit, AntMaze: reached at any step
                 success = found.setdefault("success", np.zeros(len(envs)))
@@ -884,11 +888,11 @@ def graphed(function: Callable) -> Iterator:
         yield result
 
 
-def load_checkpoint(folder: str | None) -> dict:
+def load_checkpoint(folder: str) -> dict:
     """The checkpoint of a run folder; exit 2 if there is none."""
     try:
-        checkpoint = torch.load(Path(folder or "") / "checkpoint.pt", map_location="cpu", weights_only=True)
-        Args(**checkpoint["args"])  # a TypeError tells of another script
+        checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
+        Args(**checkpoint["args"]), checkpoint["optimizer"]  # errors tell of another script, or an old one
         return checkpoint
     except Exception as error:  # whatever torch.load raises
         fail(f"--resume {folder}: {error!r}")
@@ -916,7 +920,7 @@ def parse_args(argv: list[str]) -> Args:
     given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
     saved = load_checkpoint(given.resume)["args"] if given.resume else {}
     preset = find_preset(given)
-    about = f"{Args.__doc__} From the preset of {given.env_id} come the defaults of {', '.join(preset)}."
+    about = f"{Args.__doc__} Defaults from the preset of {given.env_id}: {', '.join(preset) or 'none'}."
     default = Args(**(preset | {"env_id": given.env_id} | saved | {"resume": given.resume}))
     return tyro.cli(Args, args=argv, default=default, description=about)
 
@@ -942,8 +946,11 @@ def run(args: Args, exits: ExitStack) -> dict:
         ctypes.CDLL(None).mallopt(option, 32 << 20)  # returning freed memory; uncompiled, page faults cost a tenth
 
     # Data and environments
-    saved = load_checkpoint(args.resume) if args.resume or args.eval_only else {}
-    columns, make_env, reference = load_task(replace(args, eval_episodes=max(args.eval_episodes, 1)))
+    saved = load_checkpoint(args.resume or "(--eval-only needs it)") if args.resume or args.eval_only else {}
+    filmed = args.capture_video and args.eval_episodes > 0
+    columns, make_env, reference = load_task(
+        replace(args, eval_episodes=max(args.eval_episodes, 1), capture_video=filmed)
+    )
     if make_env is None:
         fail(f"no environment is known for {args.env_id}: the online phase needs one")
     transitions, transform = make_transitions(columns, args)
@@ -983,7 +990,7 @@ def run(args: Args, exits: ExitStack) -> dict:
             part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"][0])
         torch.cuda.set_rng_state_all(saved["rng"][1 : 1 + torch.cuda.device_count()])
-    step, seconds = saved.get("step", 0), saved.get("seconds", 0.0)
+    step, seconds = saved.get("step", 0), saved.get("seconds", 1e-9)
     count = max(step - args.offline_updates, 0)  # of transitions in `online`
     online = torch.zeros(args.online_steps, data.shape[1], device=device)
     online[:count] = saved.get("online", data[:0])
@@ -1049,7 +1056,7 @@ def run(args: Args, exits: ExitStack) -> dict:
     # Run files
     writer = exits.enter_context(SummaryWriter(str(folder), purge_step=step + 1))
     about = {"args": vars(args), "data": digest, "torch": str(torch.__version__), "device": str(device)}
-    about["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
+    about["commit"] = subprocess.getoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty 2>/dev/null')
     (folder / f"args{f'-{step}' if logged else ''}.json").write_text(json.dumps(about, indent=1) + "\n")
     say(f"{folder}: {len(data)} transitions, {json.dumps(about, indent=1)}")
     rows = exits.enter_context(open(folder / "metrics.jsonl", "a"))  # noqa: SIM115
@@ -1060,7 +1067,7 @@ def run(args: Args, exits: ExitStack) -> dict:
         try:
             group = os.environ.get("WANDB_RUN_GROUP", folder.name)  # each start has a history of its own
             wandb.init(project=args.wandb_project, group=group, name=folder.name, config=vars(args), dir=folder.parent)
-            exits.callback(wandb.finish)
+            exits.enter_context(wandb.run)  # type: ignore[arg-type]
         except Exception as error:  # no key, no network
             fail(f"--track: {error}; `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
     bar = exits.enter_context(tqdm(total=args.num_updates, initial=step, disable=not sys.stderr.isatty()))
@@ -1097,7 +1104,7 @@ def run(args: Args, exits: ExitStack) -> dict:
             exits.callback(signal.signal, number, signal.signal(number, on_signal))
 
     # Loop
-    metrics, begin, start = dict[str, Tensor](), step, time.perf_counter()
+    metrics, begin, start = dict[str, Tensor](), step, 0.0
     while True:
         last = args.eval_only or step >= args.num_updates
         stopping = bool(stop)  # a signal after this waits for the next save
@@ -1108,13 +1115,13 @@ def run(args: Args, exits: ExitStack) -> dict:
         logging = metrics and (saving or step % args.log_every == 0)
         if logging:
             values = {name: float(value) for name, value in metrics.items()}  # waits for the device
-            seconds += time.perf_counter() - start
+            seconds += (time.perf_counter() - start) * (step > begin + 1)
             log(values | {"charts/SPS": step / seconds}, {})
             if not all(map(math.isfinite, values.values())):
                 fail(f"diverged at update {step}; {folder} keeps the checkpoint before", code=3)
         if saving:  # before an evaluation, in which an environment may fail
-            checkpoint = about | {name: part.state_dict() for name, part in state.items()} | {"step": step}
-            checkpoint |= {"evaluations": evaluations, "seconds": seconds, "logged": rows.tell()}
+            checkpoint = about | {name: part.state_dict() for name, part in state.items()}
+            checkpoint |= {"step": step, "evaluations": evaluations, "seconds": seconds, "logged": rows.tell()}
             checkpoint |= {"online": online[:count].clone(), "synthetic": synthetic}  # a view would save all its rows
             checkpoint |= {"interaction": (interaction.episode, len(interaction.rewards))}
             checkpoint |= {"transform": transform, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
@@ -1145,6 +1152,8 @@ def run(args: Args, exits: ExitStack) -> dict:
             log({name: float(value) for name, value in found.items()}, {})
             interruptible = False
 
+        if logging or evaluating or due or step <= begin + 1:  # SPS without evaluations, rounds and compiling
+            start = time.perf_counter()
         if step == args.offline_updates:
             say(f"update {step}: from here on, the policy acts in the environment: one step per update")
         if step >= args.offline_updates:
@@ -1158,13 +1167,11 @@ def run(args: Args, exits: ExitStack) -> dict:
         batch[:n] = source[torch.randint(len(source), (n,), device=device)]
         if not offline:
             batch[n:] = online[torch.randint(count, (args.batch_size - n,), device=device)]
-        if logging or evaluating or due or step <= begin + 1:  # SPS without evaluations, rounds and compiling
-            start = time.perf_counter()
         metrics = trains[args.cql_alpha if offline else args.cql_alpha_online]()
         step += 1
         bar.update()
 
-    result = {"updates": step, "updates_per_second": step / max(seconds, 1e-9), "run_dir": str(folder)}
+    result = {"updates": step, "updates_per_second": step / seconds, "run_dir": str(folder)}
     for name, means in evaluations.items():
         last_10 = float(np.mean(means[-10:]))  # the paper's RAT; best is its OMS
         result[name] = {"last": means[-1], "mean_of_last_10": last_10, "best": max(means), "evaluations": len(means)}

@@ -168,7 +168,7 @@ class Diffusion:
         alpha_bar = np.cumprod(1 - beta)
         # DPM-Solver would leave noise in the actions, or start with too long a step
         if beta[-1] >= 1 or (args.sampler == "dpm-solver" and (alpha_bar[0] < 0.98 or alpha_bar[-1] < 1e-6)):
-            fail(f"--diffusion-steps {self.K}: the noise schedule needs more, or --sampler ddpm")
+            fail(f"--diffusion-steps {self.K}: of the linear schedule, dpm-solver needs 30, --sampler ddpm 21")
         alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
         self.sample, self.num_noises, self.k_index = self.dpm_solver, 1, table(k - 1)
         if args.sampler == "ddpm":  # unrolled, many calls of the network would compile for minutes
@@ -304,7 +304,7 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict) -> tuple:
 
         # Detached before the gradients: where a loss is used after them, the compiler breaks the update into pieces
         losses = {"policy_loss": policy_loss, "diffusion_loss": diffusion_loss, "guidance_loss": guidance_loss}
-        losses |= {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "q_mean": q1.mean(), "q_max": q1.max()}
+        losses |= {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "q_mean": q1.mean()}
         losses |= {"v_mean": v.mean(), "weight_mean": f.mean()}
         metrics |= {f"losses/{name}": loss.detach() for name, loss in losses.items()}
         backward(policy, policy_loss)
@@ -371,7 +371,7 @@ KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_obs
 
 def find_preset(given: Args) -> dict:
     """Settings of a data set, by its id or its family's."""
-    if given.env_id.endswith("-mini"):
+    if re.fullmatch("(hopper|walker2d|halfcheetah)-medium(-replay|-expert)?-mini", given.env_id):
         return MINI | (FAR_SIGHTED if re.search("hopper-medium-(mini|expert)", given.env_id) else {})
     name = re.sub(r"^\w+/|-v\d+$", "", given.env_id).replace("/", "-")  # Minari's D4RL/antmaze/umaze-v1 too
     return TASKS.get(name.split("-")[0], ({},))[0] | {"max_grad_norm": float(CLIPS.get(name, 5))}
@@ -396,7 +396,7 @@ def read_minari(env_id: str) -> tuple:
         obs, timeouts = flatten(e.observations, len(e.rewards) + 1), e.truncations & ~e.terminations
         timeouts[-1] = not e.terminations[-1]  # an episode may end with neither flag
         episodes.append((obs[:-1], e.actions, e.rewards, e.terminations, timeouts, obs[1:]))
-    columns = dict(zip(KEYS, map(np.concatenate, zip(*episodes, strict=True)), strict=True))
+    columns = dict(zip(KEYS, map(np.concatenate, zip(*episodes))))
     reference = (meta.get("ref_min_score"), meta.get("ref_max_score"))
     return columns, partial(dataset.recover_environment, eval_env=True), None if None in reference else reference
 
@@ -467,6 +467,8 @@ def load_task(args: Args) -> tuple:
             hint, shapes = "", env.observation_space.shape + env.action_space.shape
             if shapes != (ours := columns["observations"].shape[1:] + columns["actions"].shape[1:]):
                 raise ValueError(f"{env.spec.id} has observations and actions of shapes {shapes}, the data {ours}")
+            if env.unwrapped.spec.max_episode_steps is None:
+                say(f"note: {env.spec.id} has no step limit: episodes end after {longest} steps, the data's longest")
             box = env.unwrapped.action_space
             columns["actions"] = (columns["actions"] - (box.high + box.low) / 2) / ((box.high - box.low) / 2)
         elif gym_id is None:
@@ -476,8 +478,8 @@ def load_task(args: Args) -> tuple:
                 raise ValueError("actions exceed [-1, 1], and no environment is loaded that tells their range")
             say(f"warning: {beyond:.1%} of the actions are out of the environment's range and are clipped", sys.stderr)
     except Exception as error:  # a damaged file, the network, Minari: each raises its own
-        if args.env_id not in (known := [*D4RL, *gym.registry]):
-            hint += f"; known ids like it: {difflib.get_close_matches(args.env_id, known)}"
+        close = difflib.get_close_matches(args.env_id, [*D4RL, *gym.registry], cutoff=0.9)
+        hint += f"; close ids: {', '.join(close)}" if close and args.env_id not in close else ""
         fail(f"{args.dataset_path or args.env_id}: {str(error) or repr(error)}{hint}")
     return columns, make_env if evaluated else None, reference
 
@@ -510,14 +512,14 @@ def make_transitions(columns: dict, args: Args) -> tuple[np.ndarray, dict]:
 # ---------------------------------------------------------------------------------------------------------- Evaluation
 def evaluate(act: Callable, envs: list, seeds: list, stop: list) -> dict:
     """One episode per environment, side by side; act maps observations (n, S) to actions. {} once `stop` fills."""
-    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=True)])
+    obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
     found = {"episodic_return": np.zeros(len(envs)), "episodic_length": np.zeros(len(envs))}
     running = list(range(len(envs)))
     while running and not stop:
         actions = act(obs)  # of finished episodes too: shapes do not change
         for i in list(running):
             obs[i], reward, terminated, truncated, info = envs[i].step(actions[i])
-            found["episodic_return"][i] += float(reward)
+            found["episodic_return"][i] += reward
             found["episodic_length"][i] += 1
             for key in info.keys() & {"success", "is_success"}:  # Adroit, AntMaze: reached at any step
                 success = found.setdefault("success", np.zeros(len(envs)))
@@ -535,7 +537,7 @@ def make_optimizer(args: Args, networks: dict) -> tuple:
 
     def backward(network, loss):
         parameters = list(network.parameters())
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
             parameter.grad = gradient
         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # of each network, as the official code
 
@@ -563,11 +565,11 @@ def graphed(function: Callable) -> Iterator:
         yield result
 
 
-def load_checkpoint(folder: str | None) -> dict:
+def load_checkpoint(folder: str) -> dict:
     """The checkpoint of a run folder; exit 2 if there is none."""
     try:
-        checkpoint = torch.load(Path(folder or "") / "checkpoint.pt", map_location="cpu", weights_only=True)
-        Args(**checkpoint["args"])  # a TypeError tells of another script
+        checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
+        Args(**checkpoint["args"]), checkpoint["optimizer"]  # errors tell of another script, or an old one
         return checkpoint
     except Exception as error:  # whatever torch.load raises
         fail(f"--resume {folder}: {error!r}")
@@ -595,7 +597,7 @@ def parse_args(argv: list[str]) -> Args:
     given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
     saved = load_checkpoint(given.resume)["args"] if given.resume else {}
     preset = find_preset(given)
-    about = f"{Args.__doc__} From the preset of {given.env_id} come the defaults of {', '.join(preset)}."
+    about = f"{Args.__doc__} Defaults from the preset of {given.env_id}: {', '.join(preset) or 'none'}."
     default = Args(**(preset | {"env_id": given.env_id} | saved | {"resume": given.resume}))
     return tyro.cli(Args, args=argv, default=default, description=about)
 
@@ -621,7 +623,7 @@ def run(args: Args, exits: ExitStack) -> dict:
         ctypes.CDLL(None).mallopt(option, 32 << 20)  # returning freed memory; uncompiled, page faults cost a tenth
 
     # Data and environments
-    saved = load_checkpoint(args.resume) if args.resume or args.eval_only else {}
+    saved = load_checkpoint(args.resume or "(--eval-only needs it)") if args.resume or args.eval_only else {}
     columns, make_env, reference = load_task(args)
     transitions, transform = make_transitions(columns, args)
     digest = hashlib.sha256(transitions.tobytes()).hexdigest()
@@ -647,7 +649,7 @@ def run(args: Args, exits: ExitStack) -> dict:
             part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"][0])
         torch.cuda.set_rng_state_all(saved["rng"][1 : 1 + torch.cuda.device_count()])
-    step, seconds = saved.get("step", 0), saved.get("seconds", 0.0)
+    step, seconds = saved.get("step", 0), saved.get("seconds", 1e-9)
     evaluations, logged = ({}, 0) if args.eval_only else (saved.get("evaluations", {}), saved.get("logged", 0))
     count = torch.full((), step, device=device)  # of updates, as a tensor: a CUDA graph repeats a number
 
@@ -658,8 +660,7 @@ def run(args: Args, exits: ExitStack) -> dict:
         return update(s, a, next_s, r[:, 0], mask[:, 0], count, **draw(args, diffusion, act_dim, device))
 
     observed = torch.zeros(args.eval_episodes, obs_dim, device=device)
-    policy, critic = networks["policy"], networks["critic"]
-    select: Callable = partial(select_actions, diffusion, policy, critic, observed, args.eval_candidates)
+    select = partial(select_actions, diffusion, networks["policy"], networks["critic"], observed, args.eval_candidates)
 
     def act(obs):
         observed.copy_(torch.as_tensor((obs - transform["mean"]) / transform["std"]))
@@ -673,14 +674,14 @@ def run(args: Args, exits: ExitStack) -> dict:
         torch._inductor.config.fallback_random = True  # the same noise as without
         update = torch.compile(update)
         if device.type == "cuda":
-            policy.compile()
-            critic.compile()
-            train, select = graphed(train).__next__, graphed(select).__next__
+            for name in ("policy", "critic"):
+                networks[name].compile()
+            train, select = graphed(train).__next__, graphed(select).__next__  # type: ignore[assignment]
 
     # Run files
     writer = exits.enter_context(SummaryWriter(str(folder), purge_step=step + 1))
     about = {"args": vars(args), "data": digest, "torch": str(torch.__version__), "device": str(device)}
-    about["commit"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty")
+    about["commit"] = subprocess.getoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty 2>/dev/null')
     (folder / f"args{f'-{step}' if logged else ''}.json").write_text(json.dumps(about, indent=1) + "\n")
     say(f"{folder}: {len(data)} transitions, {json.dumps(about, indent=1)}")
     rows = exits.enter_context(open(folder / "metrics.jsonl", "a"))  # noqa: SIM115
@@ -691,7 +692,7 @@ def run(args: Args, exits: ExitStack) -> dict:
         try:
             group = os.environ.get("WANDB_RUN_GROUP", folder.name)  # each start has a history of its own
             wandb.init(project=args.wandb_project, group=group, name=folder.name, config=vars(args), dir=folder.parent)
-            exits.callback(wandb.finish)
+            exits.enter_context(wandb.run)  # type: ignore[arg-type]
         except Exception as error:  # no key, no network
             fail(f"--track: {error}; `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
     bar = exits.enter_context(tqdm(total=args.num_updates, initial=step, disable=not sys.stderr.isatty()))
@@ -714,11 +715,10 @@ def run(args: Args, exits: ExitStack) -> dict:
     stop: list[int] = []  # a signal that came
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) != signal.SIG_IGN:  # of nohup
-            handler = signal.signal(number, lambda number, frame: stop.append(number))
-            exits.callback(signal.signal, number, handler)
+            exits.callback(signal.signal, number, signal.signal(number, lambda number, frame: stop.append(number)))
 
     # Loop
-    metrics, begin, start = dict[str, Tensor](), step, time.perf_counter()
+    metrics, begin, start = dict[str, Tensor](), step, 0.0
     while True:
         last = args.eval_only or step >= args.num_updates
         stopping = bool(stop)  # a signal after this waits for the next save
@@ -727,13 +727,13 @@ def run(args: Args, exits: ExitStack) -> dict:
         logging = metrics and (saving or step % args.log_every == 0)
         if logging:
             values = {name: float(value) for name, value in metrics.items()}  # waits for the device
-            seconds += time.perf_counter() - start
+            seconds += (time.perf_counter() - start) * (step > begin + 1)
             log(values | {"charts/SPS": step / seconds}, {})
             if not all(map(math.isfinite, values.values())):
                 fail(f"diverged at update {step}; {folder} keeps the checkpoint before", code=3)
         if saving:  # before an evaluation, in which an environment may fail
-            checkpoint = about | {name: part.state_dict() for name, part in state.items()} | {"step": step}
-            checkpoint |= {"evaluations": evaluations, "seconds": seconds, "logged": rows.tell()}
+            checkpoint = about | {name: part.state_dict() for name, part in state.items()}
+            checkpoint |= {"step": step, "evaluations": evaluations, "seconds": seconds, "logged": rows.tell()}
             checkpoint |= {"transform": transform, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
             with open(folder / "checkpoint.tmp", "wb") as file:  # beside, so that a kill or full disk spoils nothing
                 torch.save(checkpoint, file)
@@ -742,7 +742,7 @@ def run(args: Args, exits: ExitStack) -> dict:
             os.replace(file.name, folder / "checkpoint.pt")
         if evaluating and not stopping:
             seeds = np.random.default_rng([args.seed, step]).integers(2**31, size=args.eval_episodes).tolist()
-            with torch.random.fork_rng():  # evaluations do not disturb training
+            with torch.random.fork_rng(range(torch.cuda.device_count())):  # evaluations do not disturb training
                 torch.manual_seed(args.seed + 1_000_003 * step)
                 episodes = evaluate(act, envs, seeds, stop)
             if episodes:
@@ -764,7 +764,7 @@ def run(args: Args, exits: ExitStack) -> dict:
         step += 1
         bar.update()
 
-    result = {"updates": step, "updates_per_second": step / max(seconds, 1e-9), "run_dir": str(folder)}
+    result = {"updates": step, "updates_per_second": step / seconds, "run_dir": str(folder)}
     for name, means in evaluations.items():
         last_10 = float(np.mean(means[-10:]))  # the paper's RAT; best is its OMS
         result[name] = {"last": means[-1], "mean_of_last_10": last_10, "best": max(means), "evaluations": len(means)}

@@ -125,9 +125,8 @@ FAST = "--log-every 2 --eval-every 4 --save-every 3 --eval-episodes 2"
 FAST_EDP = f"{FAST} --batch-size 8 --diffusion-steps 30 --sampler-steps 6 --eval-candidates 2 --num-updates 6"
 FAST_EDIS = f"{FAST} --batch-size 2 --cql-actions 2 --denoiser-updates 2 --denoiser-width 16 --denoiser-layers 1"
 FAST_EDIS += " --samples 20 --sampling-steps 3 --pool 4 --negatives 2 --model-updates 2 --energy-updates 2"
-FAST_EDIS += (
-    " --energy-batch 4 --first-round 2 --round-every 2 --synthetic-ratio 0.5 --offline-updates 3 --online-steps 6"
-)
+FAST_EDIS += " --energy-batch 4 --first-round 2 --round-every 2 --synthetic-ratio 0.5"
+FAST_EDIS += " --offline-updates 3 --online-steps 6"
 
 
 def argv_of(script, *flags):

@@ -176,6 +176,7 @@ def test_unknown_ids(capsys, hopper_file, monkeypatch, tmp_path):
     """Close ids are named, with a file too: no run without evaluation by a slip of the keyboard."""
     assert "hopper-medium-v2" in error_of(capsys, lambda: edp_iql.load_task(args_of(env_id="hoper-medium-v2")))
     assert "hopper-medium-v2" in error_of(capsys, lambda: load(hopper_file, "hoper-medium-v2"))
+    assert not edp_iql.find_preset(args_of(env_id="my-mini")).keys() & edp_iql.MINI.keys()  # not one of ours
     columns, make_env, reference = load(hopper_file, "my-robot", eval_episodes=0)[:3]
     assert len(columns["rewards"]) == 600 and make_env is None and reference is None
     monkeypatch.setattr(edp_iql, "__file__", str(tmp_path / "edp_iql.py"))  # a copied script tells where data are
@@ -183,7 +184,7 @@ def test_unknown_ids(capsys, hopper_file, monkeypatch, tmp_path):
     assert "hopper-medium-replay-mini.hdf5 is missing" in line and "datasets/" in line
 
 
-def test_a_module_of_ones_own(tmp_path, hopper_file, monkeypatch):
+def test_a_module_of_ones_own(tmp_path, hopper_file, monkeypatch, capsys):
     """module:Env-v0 imports the module that registers it. Without a step limit, episodes are as long as the data's."""
     (tmp_path / "my_envs.py").write_text(
         "import gymnasium as gym\nfrom gymnasium.envs.mujoco.hopper_v4 import HopperEnv\n"
@@ -191,6 +192,7 @@ def test_a_module_of_ones_own(tmp_path, hopper_file, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     env, steps = load(hopper_file, "my_envs:Endless-v0")[1](), 1
+    assert "end after 50 steps" in capsys.readouterr().out
     env.reset(seed=0)
     while not env.step(np.zeros(3))[3]:
         steps += 1

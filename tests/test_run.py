@@ -57,9 +57,7 @@ BRANCHES = {
         "--solver-order 2 --reward-transform minus-one --inverse-temperature 0 --eval-candidates 1",
         "--reward-transform times-four --diffusion-coef 0",
     ],
-    "edp_crr": [
-        "--likelihood elbo --sampler ddpm", "--likelihood simple --reward-transform return-range",
-    ],
+    "edp_crr": ["--likelihood elbo --sampler ddpm", "--likelihood simple --reward-transform return-range"],
     "edp_td3": [
         "--reward-transform return-range", "--no-action-approximation", "--no-action-approximation --sampler ddpm",
     ],
@@ -197,10 +195,11 @@ def test_resume_is_exact(run, tmp_path, monkeypatch, name, where, nth):
     same_run(script, whole, resume(script, folder))
 
 
-def test_only_an_evaluation(run, tmp_path):
+def test_only_an_evaluation(run, tmp_path, capsys):
     """--eval-only: the trained weights, in a run folder of its own; the trained run is left as it is."""
     folder = Path(run(edp_iql)["run_dir"])
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert "--eval-only needs" in error_of(capsys, lambda: run(edp_iql, "--eval-only"))
     result = resume(edp_iql, folder, "--eval-only", "--eval-episodes", 2)
     assert result["run_dir"] != str(folder) and result["updates"] == 6
     assert rows_of(result["run_dir"]) == rows_of(folder)[-1:]
@@ -222,6 +221,11 @@ def test_a_finished_run_can_go_on(run):
     args = edp_iql.parse_args(["--resume", first, "--num-updates", "9"])
     assert (args.gamma, args.num_updates, args.max_grad_norm, args.env_id) == (0.9, 9, 9.0, "hopper-medium-v2")
     assert edp_iql.parse_args(["--resume", first, "--max-grad-norm", "2"]).max_grad_norm == 2
+
+
+def test_speed_is_told_without_compiling(run, monkeypatch):
+    at_update(monkeypatch, edp_iql, 1, lambda metrics: time.sleep(2) or metrics)
+    assert run(edp_iql, "--log-every", 1)["updates_per_second"] > 5
 
 
 class Malicious:
@@ -454,6 +458,7 @@ def test_a_copied_script_runs_alone(start):
     assert "update 6/6" in out
     (made,) = runs.iterdir()
     assert made.name.startswith("hopper-medium-v2__mine__0__") and (made / "result.json").exists()
+    assert json.loads((made / "args.json").read_text())["commit"] == ""  # of no repository
 
 
 @pytest.mark.slow
