@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "weighted": ["--guidance-coef", "1"],
         "weighted_1": ["--guidance-coef", "1", "--eval-candidates", "1"],
         "elbo": ["--likelihood", "elbo", "--guidance-coef", "3"],  # the official code's strength, about
+        "default": [],  # with the preset's number of updates
     },
     "edp_crr": {"edp_crr": [], "edp_crr_1": ["--eval-candidates", "1"]},
     "edp_td3": {
@@ -77,6 +79,8 @@ class Args:
     """seeds 0, 1, ..."""
     updates: int = 100_000
     """updates per run of an EDP script"""
+    candidates: list[int] = field(default_factory=lambda: [1, 10])
+    """numbers of candidates with which the final policy of an EDP script is evaluated again, in 100 episodes"""
     online_steps: int = 10_000
     """online steps per run of EDIS"""
     workers: int = 2
@@ -114,8 +118,9 @@ def resumable(work: Path, wanted: dict[str, Any]) -> list[Path]:
 
 
 def train(
-    file: str, flags: list[str], work: Path, wanted: dict[str, Any], raw: Path | None = None, agent: Path | None = None
-) -> int:
+    file: str, flags: list[str], work: Path, wanted: dict[str, Any], raw: Path | None = None, agent: Path | None = None,
+    candidates: Iterable[int] = (),
+) -> int:  # fmt: skip
     """A run in `work`, continued from the checkpoint there, or from a copy of the agent's run; its exit code."""
     work.mkdir(parents=True, exist_ok=True)
     folders = resumable(work, wanted)
@@ -125,17 +130,32 @@ def train(
         shutil.copytree(source, part, ignore=shutil.ignore_patterns("result.json"))
         folders = [part.rename(work / f"copy-{time.time_ns()}")]
     where = ["--resume", str(folders[-1])] if folders else ["--runs-dir", str(work)]
-    command = [sys.executable, str(ROOT / file), *flags, *where]
+    code = call(work, file, *flags, *where)
+    if code in (0, 3) and raw:  # diverged runs are kept too
+        folder = max(work.glob("*/args*.json"), key=lambda path: path.stat().st_mtime).parent
+        found = report.collect(folder)
+        for n in candidates if code == 0 else ():
+            again = ["--resume", str(folder), "--eval-only", "--eval-episodes", "100", "--eval-candidates", str(n)]
+            shutil.rmtree(work / "final", ignore_errors=True)
+            if code := call(work, file, *again, "--runs-dir", str(work / "final")):
+                return code
+            result = json.loads(next(work.glob("final/*/result.json")).read_text()).items()
+            means = {name: value["last"] for name, value in result if isinstance(value, dict)}
+            found.setdefault("final", {})[str(n)] = report.rounded(means)
+        raw.parent.mkdir(parents=True, exist_ok=True)
+        report.store(found, raw)
+    return code
+
+
+def call(work: Path, file: str, *flags: str) -> int:
+    """Run a script and wait; its exit code."""
     with open(work / "log.txt", "a") as log:
         # A cluster sends its warning to all processes of a job; the run is told by `checkpoint`
+        command = [sys.executable, str(ROOT / file), *flags]
         run = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, preexec_fn=ignore_warnings)
     running.append(run)
     code = run.wait()
     running.remove(run)
-    if code in (0, 3) and raw:  # diverged runs are kept too
-        folder = max(work.glob("*/args*.json"), key=lambda path: path.stat().st_mtime).parent
-        raw.parent.mkdir(parents=True, exist_ok=True)
-        report.store(report.collect(folder), raw)
     return code
 
 
@@ -181,7 +201,7 @@ def make_jobs(args: Args) -> dict[str, list[dict[str, Any]]]:
                 flags = ["--env-id", env_id, "--seed", str(seed), "--exp-name", variant, *flags]
                 if edis:
                     flags += ["--online-steps", str(args.online_steps)]
-                else:
+                elif variant != "default":
                     flags += ["--num-updates", str(args.updates), "--eval-every", str(min(10_000, args.updates))]
                 parsed = vars(script.parse_args(flags)).items()
                 wanted = {key: value for key, value in parsed if key not in FREE}
@@ -201,6 +221,7 @@ def make_jobs(args: Args) -> dict[str, list[dict[str, Any]]]:
                 run: dict[str, Any] = {"file": file, "flags": flags, "work": args.runs_dir / name, "wanted": wanted}
                 run["raw"] = raw
                 if not edis:
+                    run["candidates"] = args.candidates[: 1 if variant in BASELINES else None]
                     jobs[name] = [run]
                     continue
                 agent = args.runs_dir / f"{env_id.replace('/', '_')}__pretrained__{seed}"

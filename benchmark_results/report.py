@@ -47,9 +47,9 @@ def digest(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for name in sorted({key for row in losses for key in row if "losses/" in key}):
         found = [[row[name] for row in part if name in row] for part in parts.values()]
         metrics[name] = [float(np.mean(values)) if values else None for values in found]
-    names = ("episodic_return", "episodic_length")
+    names = {f"episodes/{name}": name for name in ("episodic_return", "episodic_length", "success")}
     evaluations = [
-        {"step": row["step"]} | {name: [round(value, 2) for value in row[f"episodes/{name}"]] for name in names}
+        {"step": row["step"]} | {name: [round(x, 2) for x in row[key]] for key, name in names.items() if key in row}
         for row in rows
         if "episodes/episodic_return" in row
     ]
@@ -201,6 +201,18 @@ def seeds_rows(name: str, variants: Variants) -> list[str]:
         values = zip(job.raw["metrics"]["step"], job.raw["metrics"]["losses/diffusion_loss"], strict=True)
         losses.append(np.mean([value for step, value in values if step > job.steps[-1] / 2]))
     return [f"{EDP[name]} | {listed(job.last_10 for job in variants[name])} | {listed(losses, '.3f') or '–'}"]
+
+
+def final_rows(name: str, variants: Variants) -> list[str]:
+    """The policy at the end of each run in 100 further episodes, with several numbers of candidates."""
+    jobs, rows = [job for job in variants[name] if "final" in job.raw], []
+    for n in jobs[0].raw["final"] if jobs else ():
+        found = [job.raw["final"][n] for job in jobs]
+        cells = [LABELS[name].removesuffix(", selected by Q"), "–" if name in ("iql", "td3_bc") else n, str(len(found))]
+        for column, decimals in (("episodic_return", 0), ("normalized_score", 1), ("success", 2)):
+            cells.append(spread([(run[column],) for run in found], decimals) if column in found[0] else "–")
+        rows.append(" | ".join(cells))
+    return rows
 
 
 def critics_rows(name: str, variants: Variants) -> list[str]:
@@ -367,6 +379,7 @@ def main() -> None:
     tables = summaries | {
         "EDP": by_data(results, select(runs, EDP, diverged=True), results_rows),
         "EDP, seeds": by_data("algorithm | mean of last 10 | diffusion loss, second half", edp, seeds_rows),
+        "final": by_data("algorithm | candidates | seeds | return | normalised score | success", edp, final_rows),
         "critics": by_data("algorithm | target rate | highest Q | Q at the end | last return", critics, critics_rows),
         "EDIS": by_data(results, select(runs, EDIS, diverged=True), results_rows),
         "EDIS, paired": by_data("EDIS less | seeds | mean | of each seed", edis, paired_rows),

@@ -20,11 +20,14 @@ def read(name: str) -> str:
 
 
 def count_tokens(source: str) -> int:
-    """Without comments, docstrings, newlines and indents."""
+    """Without comments, docstrings, newlines and indents. An f-string is one, as before Python 3.12."""
     layout = (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    count, before = 0, None
+    start, end = (getattr(tokenize, f"FSTRING_{part}", None) for part in ("START", "END"))
+    count, before, inside = 0, None, 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
+        inside += token.type == start
+        inside -= token.type == end
+        if inside or token.type in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
             continue
         docstring = token.type == tokenize.STRING and before in (None, *layout)
         count += token.type not in layout and not docstring

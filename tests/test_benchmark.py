@@ -39,14 +39,16 @@ def test_report_is_up_to_date(copy):
 
 @pytest.mark.slow
 def test_launch(copy):
-    """A trial runs a job once, and leaves the results of the repository alone."""
+    """A trial runs a job once, evaluates its policy again, and leaves the results of the repository alone."""
     raw = copy / "benchmark_results" / "raw"
     before = sorted(path.name for path in raw.iterdir())
-    flags = "edp_iql --seeds 1 --updates 2 --compile off --jobs replay-mini__bc__ --runs-dir trial --raw-dir trial/raw"
+    flags = "edp_iql --seeds 1 --updates 2 --compile off --jobs replay-mini__bc__ --candidates 1 --runs-dir trial"
+    flags += " --raw-dir trial/raw"
     for told in ("__bc__0: done", "done before"):
         done = call(copy, "benchmark_results/launch.py", *flags.split())
         assert done.returncode == 0 and told in done.stdout, done
-    assert list((copy / "trial" / "raw").glob("hopper-medium-replay-mini__bc__0*"))
+    found = json.loads((copy / "trial" / "raw" / "hopper-medium-replay-mini__bc__0.json").read_text())
+    assert found["result"]["updates"] == 2 and found["final"]["1"]["episodic_return"] > 0
     assert sorted(path.name for path in raw.iterdir()) == before
 
 
