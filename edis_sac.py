@@ -6,7 +6,7 @@ al. 2023, arXiv 2303.05479). Online, a diffusion model guided by three energies 
 
     diffusion          p_theta(x) of x = (s, a, s' - s), EDM (Karras et al. 2022, 2206.00364)    Denoiser, edm_loss
     energies           q ~ p_theta exp(-E1(s) - E2(a|s) - E3(s'|s, a)), e^E = nu / mu            Energies, info_nce
-    guided sampling    dx / dsigma = (x - D(x)) / sigma + sigma sum_i lambda_i grad E_i          EDM, Energies
+    guided sampling    dx / dsigma = (x - D(x)) / sigma + sigma sum_i lambda_i grad E_i          EDM, Energies.forward
     state energy       mu: states of the most recent transitions; nu: of unguided samples        energy_losses
     policy energy      mu: actions of the policy; nu: of unguided samples                        energy_losses
     transition energy  mu: next states of the environment; nu: of unguided samples               energy_losses
@@ -17,10 +17,10 @@ al. 2023, arXiv 2303.05479). Online, a diffusion model guided by three energies 
 
 Why the energies are trained by the chain rule of probability. At noise level sigma the sampler needs the gradient of
 log p_sigma(x) / q_sigma(x) of the noised x = (s, a, s'). This log ratio is the sum E1(s) + E2(a|s) + E3(s'|s, a), where
-E1 is the log ratio of noised states and E1 + E2 that of noised pairs (s, a). So InfoNCE trains E1 by states, E1 + E2 by
-pairs with E1 held fixed, and E3 on top of an energy of recent pairs: the policy's new actions have no s' yet. The paper
-draws negatives for the clean s, but the energy sees only the noised s: it infers s from the recent states, where the
-sampler needs p_theta's states. Only as sigma goes to 0 do both agree (--conditional-negatives inpainted: the paper's).
+E1 is the log ratio of noised states and E1 + E2 that of noised pairs (s, a). So InfoNCE trains E1 on states, E1 + E2 on
+pairs with E1 fixed, and E3 on top of an energy of recent pairs, as new actions have no observed s' yet. The paper draws
+negatives for the clean s. But the energy sees only the noised s, so it averages over the recent states, where the
+sampler needs p_theta's states. Both agree only as sigma -> 0 (--conditional-negatives inpainted: the paper's).
 
 Where this differs from the paper and from the published code (github.com/liuxhym/EDIS), a comment says so.
 Python 3.10 to 3.13; packages: pip install -r requirements.txt of this script's repository, github.com/OWNER/REPOSITORY.
@@ -79,7 +79,7 @@ class Args:
     dataset_path: str | None = None  # HDF5 file in D4RL's layout to train on instead of the id's own data
     reward_transform: Literal["none", "return-range", "minus-one", "times-four", "min-max"] = "none"
     """r; 1000 r / (best - worst return); r - 1 or 4 (r - 0.5), for AntMaze; r scaled to [-1, 1], for Adroit, kitchen"""
-    normalize_observations: bool = False  # shift and scale each dimension to mean 0 and deviation 1
+    normalize_observations: bool = False  # scale each dimension to mean 0 and standard deviation 1
     # evaluation
     eval_only: bool = False  # evaluate without training: the run of --resume, into a new run folder
     eval_every: int = 10_000  # updates between two evaluations
@@ -92,49 +92,51 @@ class Args:
     actor_lr: float = 1e-4  # Adam's learning rate, policy and temperature
     critic_lr: float = 3e-4  # Adam's learning rate, critics
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate at which the target critics follow
-    cql_alpha: float = 5.0  # coefficient of the CQL penalty offline; 0: plain SAC
+    tau: float = 0.005  # update rate of the target networks
+    cql_alpha: float = 5.0  # coefficient of the CQL penalty offline; 0: plain SAC; EDIS's code: 10 on MuJoCo
     cql_alpha_online: float = 5.0  # coefficient of the CQL penalty online; EDIS's code adapts it (Lagrange)
     cql_actions: int = 10  # actions per state of each of the penalty's three samples
-    calibrate: bool = True  # Cal-QL: the penalty stops at the data's Monte-Carlo return
+    calibrate: bool = (
+        True  # Cal-QL: the penalty stops at the data's Monte-Carlo return; the published code: offline only
+    )
     # synthetic data
     augmentation: Literal["edis", "synther", "offline", "none"] = "edis"
     """synthetic data with energies; without (SynthER); real offline data (as RLPD); online data only"""
-    synthetic_ratio: float = 0.2  # share of the augmentation in an online batch
+    synthetic_ratio: float = 0.2  # share of the augmentation in an online batch; EDIS's code: 0.1 to 0.5, per data set
     round_every: int = 10_000  # online steps between two rounds of training the models and generating
-    first_round: int = 1_000  # online steps before the first round; real offline data stand in until then
+    first_round: int = 1_000  # online steps before the first round (EDIS's code: 1); real offline data until then
     samples: int = 100_000  # synthetic transitions per round, which replace those of the last round
     denoiser_updates: int = 10_000  # updates of the denoiser per round
     denoiser_batch: int = 256  # transitions per update of the denoiser
-    denoiser_recent: float = 0.0  # share p of recent transitions in each batch; bounds exp(-E1) by 1 / p
+    denoiser_recent: float = 0.0  # share p of recent transitions in each batch; then exp(-E1) <= 1 / p
     denoiser_width: int = 1_024  # width of the residual network
     denoiser_layers: int = 6  # its residual blocks
-    denoiser_lr: float = 3e-4  # AdamW's learning rate, falling to 0 by a cosine in each round
-    denoiser_ema: float = 0.999  # decay of the averaged weights that sample
+    denoiser_lr: float = 3e-4  # AdamW's learning rate, with cosine decay to 0 in each round
+    denoiser_ema: float = 0.999  # decay of the averaged weights, which are used for sampling
     sampling_steps: int = 128  # noise levels of the sampler
-    sigma_min: float = 0.002  # lowest noise level, in deviations of x
+    sigma_min: float = 0.002  # lowest noise level, in standard deviations of x
     sigma_max: float = 80.0  # highest noise level
     churn: float = 80.0  # S_churn, noise added while sampling
-    model_updates: int = 5_000  # updates of reward, termination and mean dynamics per round (--batch-size)
+    model_updates: int = 5_000  # updates of the reward, termination and mean dynamics models per round
     energy_updates: int = 2_000  # updates of the energies per round; the published code: 20
     energy_batch: int = 256  # positives per update of the energies
     energy_width: int = 256  # width of the three hidden layers of energies and mean dynamics
-    energy_lr: float = 1e-3  # Adam's learning rate, energies and models, falling to 0 by a cosine in each round
+    energy_lr: float = 1e-3  # Adam's learning rate, energies and models, with cosine decay to 0 in each round
     negatives: int = 10  # negatives of each positive
     conditional_negatives: Literal["joint", "inpainted"] = "joint"
     """negatives of E2 and E3: samples of p(s, a, s'), see the header; the paper's: a from p(a|s), s' from p(s'|s, a)"""
-    inpainting_repeats: int = 10  # passes through each noise level for inpainted negatives
+    inpainting_repeats: int = 10  # repeats of each noise level for inpainted negatives (RePaint)
     positive_buffer: int = 10_000  # most recent transitions, the energies' positives; the published code: all online
-    pool: int = 10_000  # unguided samples, the energies' negatives; inpainted: for pool / negatives conditions
+    pool: int = 10_000  # unguided samples used as negatives; inpainted: of pool / negatives conditions
     state_scale: float = 1.0  # lambda_1, how strongly E1 guides; 0: off; the published code: 0.01 to 2, per data set
     policy_scale: float = 1.0  # lambda_2, how strongly E2 guides; 0: off
     transition_scale: float = 1.0  # lambda_3, how strongly E3 guides; 0: off
-    full_gradient: bool = True  # let E2 and E3 move their conditions too; off: only a, only s'
+    full_gradient: bool = True  # gradients of E2 and E3 for all their inputs; off: E2 moves only a, E3 only s'
     guidance_clip: float = 10.0  # bound of the norm of sigma sum lambda_i grad E_i, in units of sqrt(dim x)
     # speed
     num_threads: int = 1  # CPU threads; a second one helps only on an idle machine
     compile: Literal["auto", "on", "off"] = "auto"  # compile the update; auto: on cuda, or for 10 000 or more updates
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32; high: TF32, medium: bfloat16
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # high: TF32, medium: bfloat16
 
     @property
     def num_updates(self) -> int:
@@ -147,21 +149,21 @@ class Args:
         for name, value in vars(self).items():
             low: float = 0 if name in (*shares, *free.split()) else 1 if type(value) is int else 1e-12
             high: float = 1 if name in shares else 1e12
-            if type(value) in (int, float) and not low <= value <= high:  # NaN is not, either
+            if type(value) in (int, float) and not low <= value <= high:  # also rejects NaN
                 fail(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], got {value}")
         if self.num_updates < 1 or self.sampling_steps < 2 or self.sigma_min > self.sigma_max:
             fail("need at least 1 update, --sampling-steps >= 2 and --sigma-min <= --sigma-max")
         if self.conditional_negatives == "inpainted" and (self.full_gradient or self.pool < self.negatives):
-            # E2 and E3 are then learned up to a function of their conditions, which has a gradient
+            # E2 and E3 are then defined only up to a function of their conditions
             fail("--conditional-negatives inpainted needs --no-full-gradient, and a --pool of at least --negatives")
 
 
 # ------------------------------------------------------------------------------------------------------------ Networks
 class Mish(nn.Module):
-    """x tanh(softplus(x)) = x - 2 x / ((1 + e^x)^2 + 1): one exponential, which the compiler can fuse."""
+    """x tanh(softplus(x)) = x - 2 x / ((1 + e^x)^2 + 1): with one exponential, which the compiler can fuse."""
 
     def forward(self, x: Tensor) -> Tensor:
-        v = (x.clamp(max=20).exp() + 1).square() + 1  # beyond 20 it is x in float32
+        v = (x.clamp(max=20).exp() + 1).square() + 1  # Mish(x) is x from 20 on
         return torch.addcdiv(x, x, v, value=-2)
 
 
@@ -210,7 +212,7 @@ class Actor(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """D_theta(x; sigma) of Karras et al.: x = (s, a, s') (B, D), normalised and noised, sigma (B,) or () -> (B, D)."""
+    """D_theta(x; sigma) of Karras et al.: normalised and noised x (B, D), sigma (B,) or () -> (B, D)."""
 
     def __init__(self, dim: int, width: int, layers: int) -> None:
         super().__init__()
@@ -232,11 +234,11 @@ class Denoiser(nn.Module):
 
 
 class Energies(nn.Module):
-    """E1(s), E2(a|s), E3(s'|s, a) of noised x = (s, a, s') at sigma, and what E3 stands on.
+    """E1(s), E2(a|s), E3(s'|s, a) of noised x = (s, a, s') at sigma, and the base energy of E3.
 
     E3 is an MLP, as in the published code, plus a term of the residual of s' from its learned mean, with a precision
-    per dimension: a plain network does not see the small errors of a denoiser that has learned the dynamics. T is
-    deterministic and log p / T without bound, so errors far below 0.03, or beyond five times the noise, count less.
+    per dimension: a plain network misses the small errors of a well-trained denoiser. The dynamics T are
+    deterministic, so log p / T is unbounded: errors far below 0.03, or above five times the noise, are damped.
     """
 
     def __init__(self, obs_dim: int, act_dim: int, width: int) -> None:
@@ -254,14 +256,14 @@ class Energies(nn.Module):
             return out[..., 0]
         SA = self.ends[1]
         residual = x[..., SA:] - self.dynamics(scaled[..., :SA])
-        squared = residual.square() / (sigma.square() + 1e-3)[..., None]  # 1e-3: the mean's own error
+        squared = residual.square() / (sigma.square() + 1e-3)[..., None]  # 1e-3: error of the mean
         return out[..., 0] + (F.softplus(out[..., 1:]) * squared / (1 + squared / 25)).sum(-1)
 
     @torch.enable_grad()
     def forward(self, x: Tensor, sigma: Tensor, scales: tuple[float, ...], full: bool, clip: float) -> Tensor:
         """The guidance sum lambda_i grad E_i (B, D) at x (B, D), sigma ().
 
-        Each gradient on its own block, s, a or s', unless `full`. sigma times the norm of the sum is at most
+        Unless `full`, E1 moves only s, E2 only a, E3 only s'. sigma times the norm of the sum is at most
         clip sqrt(D); the published code clips the norm itself.
         """
         x = x.detach().requires_grad_()
@@ -278,7 +280,7 @@ class Energies(nn.Module):
 
 
 def make_networks(obs_dim: int, act_dim: int, args: Args) -> dict:
-    """The agent's networks, then those of the synthetic data. The published code: ReLU, critics of 2 hidden layers."""
+    """The agent's networks, then those of the synthetic data. EDIS's code: ReLU, critics of 2 to 5 layers."""
     dim, critic = 2 * obs_dim + act_dim, Critic(obs_dim, act_dim)
     networks: dict = {"actor": Actor(obs_dim, act_dim), "critic": critic}
     networks["critic_target"] = copy.deepcopy(critic).requires_grad_(False)
@@ -314,7 +316,7 @@ class Coordinates:
         return torch.cat([x[:, : -self.S], x[:, -self.S :] + x[:, : self.S]], dim=1)
 
     def model_inputs(self, raw: Tensor) -> Tensor:
-        """(s, a, s') (B, D), normalised: s' tells of a fall, s' - s does not."""
+        """(s, a, s') (B, D), normalised: a fall shows in s', not in s' - s."""
         mean, std = (torch.cat([v[: -self.S], v[: self.S]]) for v in (self.mean, self.std))
         return (raw - mean) / std
 
@@ -347,7 +349,7 @@ class EDM:
 
     @torch.no_grad()
     def sample(self, denoise: Callable, x: Tensor, guidance=None, visited=None, held=None, repeats: int = 1) -> Tensor:
-        """Standard normal x (B, D) -> samples (B, D); `visited` keeps the noised x at each sigma, the last dimensions.
+        """Standard normal x (B, D) -> samples (B, D); `visited` stores the last dimensions of x at each sigma.
 
         Inpainting: the first dimensions are `held` (B, H), noised anew at each sigma. The others follow p(rest | held)
         only if each sigma is passed several times (RePaint, Lugmayr et al. 2022, arXiv 2201.09865).
@@ -372,7 +374,7 @@ class EDM:
                 x = x + 1.003 * added * torch.randn_like(x)  # S_noise
                 d = derivative(x, sigma_hat)
                 x_next = x + (sigma_next - sigma_hat) * d
-                if i + 1 < len(self.sigma_hat):  # Heun's correction, but for the step to sigma = 0
+                if i + 1 < len(self.sigma_hat):  # Heun's correction, except at the last step
                     x_next = x + (sigma_next - sigma_hat) * (d + derivative(x_next, sigma_next)) / 2
                 x = x_next
         return x
@@ -392,7 +394,7 @@ def generate(edm: EDM, denoise: Callable, n: int, D: int, guidance: Callable | N
 
 # ----------------------------------------------------------------------------------------------------------- Algorithm
 def cql_penalty(q: Tensor, log_density: Tensor, q_data: Tensor) -> Tensor:
-    """CQL(H): log of the importance-sampled mean of exp Q over M actions, (M, B), above Q of the data, (B,)."""
+    """CQL(H): log of the importance-sampled mean of exp Q over M actions, (M, B), minus Q of the data (B,)."""
     return ((q - log_density).logsumexp(0) - math.log(len(q)) - q_data).mean()
 
 
@@ -444,7 +446,7 @@ def make_update(args: Args, networks: dict) -> tuple:
         cql_loss = penalty(s, next_s, mc, (q1, q2), a.shape[1]) if cql_alpha else torch.zeros((), device=s.device)
         losses = {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "cql_loss": cql_loss}
         losses |= {"alpha": alpha, "q_mean": q1.mean()}
-        # Detached before the step: a graph of gradients that crosses it would be compiled for a second backward pass
+        # Detach before step(): otherwise the compiler keeps the graph for a second backward pass
         metrics = {f"losses/{name}": loss.detach() for name, loss in losses.items()}
         backward(critic, qf1_loss + qf2_loss + cql_alpha * cql_loss)
         step()
@@ -454,7 +456,7 @@ def make_update(args: Args, networks: dict) -> tuple:
         policy_loss = (alpha * log_pi - torch.minimum(*critic(s, new_a))).mean()
         metrics |= {"losses/policy_loss": policy_loss.detach(), "losses/entropy": -log_pi.detach().mean()}
         backward(actor, policy_loss)
-        excess = (a.shape[1] - log_pi).detach()  # entropy above its target, -A: alpha falls
+        excess = (a.shape[1] - log_pi).detach()  # entropy above the target -A lowers alpha
         backward(networks["temperature"], (log_alpha.exp() * excess).mean())
         step()
         with torch.no_grad():
@@ -472,16 +474,16 @@ def info_nce(energy: Tensor) -> tuple[Tensor, Tensor]:
 def energy_losses(energies: Energies, states, chosen, acted, negatives, sigma, joint: bool) -> dict:
     """InfoNCE of the energies, each positive against K negatives; the published code: negatives of other positives.
 
-    Joint: of E1, E1 + E2, recent pairs, and these + E3; what each is trained on top of is held fixed. Not joint, the
-    paper's: of each energy by itself, with a and s' among negatives of the same s, of the same (s, a).
-    Noised at sigma (B,): recent states (B, S), states with actions chosen by the policy now (B, S + A), recent
+    Joint: of E1; E1 + E2; the energy of recent pairs; that + E3. The first term of each sum is fixed. Not joint, as in
+    the paper: of each energy alone; negatives of a share s, negatives of s' share (s, a).
+    Noised at sigma (B,): recent states (B, S), states with actions of the current policy (B, S + A), recent
     transitions (s, a, s') as acted (B, D), K unguided samples for each (B, K, D).
     """
     S, SA, _ = energies.ends
     sigma = sigma[:, None].expand(-1, 1 + negatives.shape[1])
 
     def energy(i: int, x: Tensor, start: int = 0) -> Tensor:
-        """(B, 1 + K) of positives x (B, end), then of the same with the negatives' dimensions from `start` on."""
+        """(B, 1 + K) of positives x (B, end), then with the dimensions from `start` on replaced by negatives."""
         blocks = torch.cat([x[:, None, start:], negatives[..., start : x.shape[1]]], dim=1)
         condition = x[:, None, :start].expand(-1, blocks.shape[1], -1)
         return energies.energy(i, torch.cat([condition, blocks], dim=2), sigma)
@@ -550,9 +552,9 @@ def train_model(args: Args, model: MLP, energies: Energies, x, y, r, mask, recen
 
 
 def make_pool(args: Args, edm: EDM, denoise: Callable, conditions: Tensor, starts: list[int]) -> Tensor:
-    """The noised x that the unguided sampler visits, (levels, P, D): negatives for every level.
+    """Noised x of the unguided sampler at every level, (levels, P, D): the negatives.
 
-    A pass for each start: it holds the conditions (P, D) before that dimension, and makes the others.
+    One pass per start: dimensions before it are fixed to the conditions (P, D), the others are sampled.
     """
     pool = torch.empty(len(edm.sigma_hat), *conditions.shape, device=conditions.device)
     for start in starts:
@@ -569,14 +571,14 @@ def train_energies(args: Args, edm: EDM, networks: dict, coordinates: Coordinate
     """
     energies, joint, device = networks["energies"], args.conditional_negatives == "joint", recent.device
     (S, SA, D), B, K = energies.ends, args.energy_batch, args.negatives
-    acting, held, starts = recent, recent.new_empty(args.pool, D), [0]  # holds nothing
+    acting, held, starts = recent, recent.new_empty(args.pool, D), [0]  # no conditions
     if not joint:
         acting = recent[torch.randint(len(recent), (args.pool // K,), device=device)]
         held, starts = acting.repeat_interleave(K, dim=0), [0, S, SA]
     pool = make_pool(args, edm, networks["denoiser_ema"], held, starts)
     # Without the dynamics, which train_model has trained
     fit = make_fit(torch.optim.Adam, list(energies.nets.parameters()), args.energy_lr, args.energy_updates)
-    upper = edm.sigma_hat.maximum(edm.sigma[:-1].roll(1))  # where the range of the level above begins
+    upper = edm.sigma_hat.maximum(edm.sigma[:-1].roll(1))  # upper end of each level's range of sigma
     found: dict[str, Tensor] = {}
     for _ in range(args.energy_updates):
         level = torch.randint(len(edm.sigma_hat), (B,), device=device)
@@ -607,7 +609,7 @@ def train_energies(args: Args, edm: EDM, networks: dict, coordinates: Coordinate
 def make_rows(model: MLP, coordinates: Coordinates, x: Tensor) -> Tensor:
     """Rows [s, a, s', r, mask, Monte-Carlo return] of synthetic transitions x (N, D); the return is not known.
 
-    The mask is the probability of going on, in which the target is linear; the published code: 1.
+    The mask is P(not terminal), as the target is linear in it; the published code: 1.
     """
     S = coordinates.S
     transitions = coordinates.denormalize(x)
@@ -637,7 +639,7 @@ def make_round(args: Args, edm: EDM, networks: dict, coordinates: Coordinates, d
 
 
 class Interaction:
-    """The online environment, in an episode whose first actions are played again, after a resume."""
+    """The online environment, which replays the current episode's actions after a resume."""
 
     def __init__(self, env: gym.Env, seed: int, episode: int, actions: np.ndarray) -> None:
         self.env, self.seed = env, seed
@@ -659,25 +661,25 @@ class Interaction:
 
 # ---------------------------------------------------------------------------------------------------------------- Data
 # Presets of the families of D4RL's and Minari's ids
-LOCOMOTION: dict = {}
+LOCOMOTION: dict = {}  # the published code normalises rewards and states of MuJoCo
 SPARSE = {"reward_transform": "min-max"}
 ANTMAZE = {"reward_transform": "minus-one"}
-# The defaults, for D4RL's ids, are the published code's sizes where no comment says otherwise.
+# The defaults, for D4RL's ids, are the published code's sizes where no comment or table of the README says otherwise.
 # The small sets are ours, and so are their settings: found by trying on Hopper, for half an hour on a CPU.
 MINI = {
     "normalize_observations": True, "offline_updates": 4_000, "online_steps": 10_000, "actor_lr": 3e-4,
-    # Hopper's medium policy falls after about 340 steps: at a gamma of 0.99 it is worth as much as the expert.
+    # Hopper's medium policy falls after about 340 steps: with gamma 0.99 its value equals the expert's.
     "gamma": 0.997, "tau": 0.05,
-    # In so few updates Q stays below the returns of the data, where Cal-QL leaves the policy's actions alone. Without
-    # a penalty online, Q outgrows what can be reached.
+    # After so few updates Q is below the data's returns, where Cal-QL does not penalise the policy's actions. Without
+    # a penalty online, Q is overestimated.
     "cql_alpha": 10.0, "cql_alpha_online": 10.0, "cql_actions": 1, "calibrate": False,
     "synthetic_ratio": 0.5, "round_every": 3_000, "samples": 10_000, "sampling_steps": 20, "sigma_min": 0.01,
-    # The first 1000 online transitions are 1 % of the data, too few for a denoiser that sees all alike.
+    # The first 1000 online transitions are 1 % of the data, too few for uniform sampling.
     "sigma_max": 10.0, "denoiser_recent": 0.5, "denoiser_width": 256, "denoiser_layers": 3, "denoiser_lr": 1e-3,
     "energy_width": 128, "energy_batch": 128, "pool": 5_000,
     "eval_every": 250, "eval_episodes": 5, "log_every": 250, "save_every": 5_000,
 }  # fmt: skip
-TASKS: dict[str, Any] = {  # agent: preset, environment, its options, D4RL's returns of a random and an expert policy
+TASKS: dict[str, Any] = {  # name: preset, environment, its options, D4RL's returns of a random and an expert policy
     "hopper": (LOCOMOTION, "Hopper-v4", {}, (-20.272305, 3234.3)),
     "walker2d": (LOCOMOTION, "Walker2d-v4", {}, (1.629008, 4592.3)),
     "halfcheetah": (LOCOMOTION, "HalfCheetah-v4", {}, (-280.178953, 12135.0)),
@@ -719,7 +721,7 @@ def read_minari(env_id: str) -> tuple:
     dataset, episodes = minari.load_dataset(env_id, download=True), []
     meta = dataset.storage.metadata
     if meta.get("eval_env_spec") not in (None, meta.get("env_spec")):
-        say(f"note: {env_id} is evaluated in an environment of its own, not in the one of its data")
+        say(f"note: {env_id} is evaluated in another environment than that of its data")
     for e in dataset.iterate_episodes():
         obs, timeouts = flatten(e.observations, len(e.rewards) + 1), e.truncations & ~e.terminations
         timeouts[-1] = not e.terminations[-1]  # an episode may end with neither flag
@@ -735,19 +737,19 @@ def read_hdf5(args: Args) -> dict:
     if args.env_id in D4RL and not args.dataset_path:
         path = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl/datasets"), Path(D4RL[args.env_id]).name)
         for url in (D4RL_URL + D4RL[args.env_id], MIRROR + path.name):
-            with suppress(OSError):  # those of requests are OSErrors
-                pooch.retrieve(url, None, path.name, path.parent)  # nothing where the file exists
+            with suppress(OSError):  # requests raises OSErrors
+                pooch.retrieve(url, None, path.name, path.parent)  # skipped if the file exists
     if not path.is_file():
         raise OSError(f"{path} is missing. Bundled: github.com/OWNER/REPOSITORY; D4RL: {D4RL_URL}; else --dataset-path")
     with h5py.File(path, "r", locking=False) as file:  # some file systems have no locks
         columns = {key: np.asarray(file[key]) for key in KEYS if key in KEYS[:4] or key in file}
-        for key in file.keys() & {"episode_terminals", "truncations", "truncated"}:  # timeouts of other tools
+        for key in file.keys() & {"episode_terminals", "truncations", "truncated"}:  # names in other tools
             columns.setdefault("timeouts", np.ravel(file[key]) > np.ravel(file["terminals"]))
     return columns
 
 
 def check(columns: dict) -> None:
-    """Bring columns into shape; add "ends", the last rows of episodes. ValueError: they cannot be trained on."""
+    """Bring columns into shape; add "ends", the last rows of episodes. ValueError if they are unusable."""
     if not columns.keys() & {"timeouts", "next_observations"}:
         raise ValueError("needs timeouts or next_observations, to tell which rows follow each other")
     n, widths = columns["rewards"].size, {key: columns[key].shape[-1:] for key in ("observations", "actions")}
@@ -760,7 +762,7 @@ def check(columns: dict) -> None:
             raise ValueError(f"{key} has values that are not {'0 or 1' if flag else 'finite numbers up to 1e8'}")
         columns[key] = column.reshape(shape).astype(bool if flag else column.dtype)
     if columns["terminals"].mean() > 0.5:
-        say("warning: more than half of the rows are terminal: does the file store masks there?", sys.stderr)
+        say("warning: more than half of the rows are terminal: are they 1 - terminal?", sys.stderr)
     if "timeouts" not in columns:  # as d4rl.qlearning_dataset returns them
         follows = np.isclose(columns["next_observations"], np.roll(columns["observations"], -1, axis=0), atol=1e-6)
         columns["timeouts"], columns["ends"] = np.zeros(n, bool), ~np.all(follows, axis=1)
@@ -803,9 +805,9 @@ def load_task(args: Args) -> tuple:
             say(f"note: no evaluation: today's environments differ from that of {args.env_id}")
         if beyond := (np.abs(columns["actions"]) > 1.001).mean():
             if not evaluated:
-                raise ValueError("actions exceed [-1, 1], and no environment is loaded that tells their range")
+                raise ValueError("actions exceed [-1, 1], and no environment gives their range")
             say(f"warning: {beyond:.1%} of the actions are out of the environment's range and are clipped", sys.stderr)
-    except Exception as error:  # a damaged file, the network, Minari: each raises its own
+    except Exception as error:  # damaged file, network, Minari: many types
         close = difflib.get_close_matches(args.env_id, [*D4RL, *gym.registry], cutoff=0.9)
         hint += f"; close ids: {', '.join(close)}" if close and args.env_id not in close else ""
         fail(f"{args.dataset_path or args.env_id}: {str(error) or repr(error)}{hint}")
@@ -817,9 +819,9 @@ def make_transitions(columns: dict, args: Args) -> tuple[np.ndarray, dict]:
     obs, r = columns["observations"], columns["rewards"].astype(np.float64)
     keep = ~columns["timeouts"] & (np.arange(len(r)) < len(r) - 1)  # terminal rows are kept, with a mask of 0
     if not keep.any():
-        fail("the data hold no transition: timeout rows and the last one do not count")
+        fail("the data hold no transition: timeout rows and the last row are dropped")
     returns = np.add.reduceat(r, np.flatnonzero(np.append(True, columns["ends"][:-1])))
-    spread = np.ptp(returns)  # if all are equal up to rounding, rewards stay as they are
+    spread = np.ptp(returns)  # if all returns are equal, rewards are not scaled
     shift, scale = {
         "none": (0.0, 1.0),
         "return-range": (0.0, 1_000 / spread if spread > 1e-6 * np.abs(returns).max() else 1.0),
@@ -840,7 +842,7 @@ def make_transitions(columns: dict, args: Args) -> tuple[np.ndarray, dict]:
 def returns_to_go(r: np.ndarray, terminals: np.ndarray, ends: np.ndarray, gamma: float, negative: bool) -> np.ndarray:
     """Discounted return to go of each row (N,), a lower bound of its value.
 
-    An episode that was cut had more rewards to come. If rewards can be negative, its return is no bound: -inf.
+    A truncated episode misses later rewards. If rewards can be negative, its return is no lower bound: -inf.
     """
     returns, total, bounds = np.zeros(len(r)), 0.0, False
     for i in reversed(range(len(r))):
@@ -853,17 +855,17 @@ def returns_to_go(r: np.ndarray, terminals: np.ndarray, ends: np.ndarray, gamma:
 
 # ---------------------------------------------------------------------------------------------------------- Evaluation
 def evaluate(act: Callable, envs: list, seeds: list, stop: list) -> dict:
-    """One episode per environment, side by side; act maps observations (n, S) to actions. {} once `stop` fills."""
+    """One episode per environment, side by side; act maps observations (n, S) to actions. {} if a signal came."""
     obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
     found = {"episodic_return": np.zeros(len(envs)), "episodic_length": np.zeros(len(envs))}
     running = list(range(len(envs)))
     while running and not stop:
-        actions = act(obs)  # of finished episodes too: shapes do not change
+        actions = act(obs)  # finished episodes too, to keep shapes fixed
         for i in list(running):
             obs[i], reward, terminated, truncated, info = envs[i].step(actions[i])
             found["episodic_return"][i] += reward
             found["episodic_length"][i] += 1
-            for key in info.keys() & {"success", "is_success"}:  # Adroit, AntMaze: reached at any step
+            for key in info.keys() & {"success", "is_success"}:  # Adroit, AntMaze: success at any step
                 success = found.setdefault("success", np.zeros(len(envs)))
                 success[i] = max(success[i], info[key])
             if terminated or truncated:
@@ -873,9 +875,9 @@ def evaluate(act: Callable, envs: list, seeds: list, stop: list) -> dict:
 
 # -------------------------------------------------------------------------------------------------- Speed, checkpoints
 def graphed(function: Callable) -> Iterator:
-    """Its results, by a CUDA graph: numbers are fixed at the capture, and each result overwrites the one before."""
+    """Results of function() by a CUDA graph: Python numbers are frozen, and all results share one buffer."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    for _ in range(3):  # on a stream of its own, as a capture needs it
+    for _ in range(3):  # warm-up on a side stream, before the capture
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             result = function()
@@ -892,7 +894,7 @@ def load_checkpoint(folder: str) -> dict:
     """The checkpoint of a run folder; exit 2 if there is none."""
     try:
         checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
-        Args(**checkpoint["args"]), checkpoint["optimizer"]  # errors tell of another script, or an old one
+        Args(**checkpoint["args"]), checkpoint["optimizer"]  # fails for another script or version
         return checkpoint
     except Exception as error:  # whatever torch.load raises
         fail(f"--resume {folder}: {error!r}")
@@ -900,12 +902,12 @@ def load_checkpoint(folder: str) -> dict:
 
 # ---------------------------------------------------------------------------------------------------------------- main
 def say(text, file=None) -> None:
-    """Print above the progress bar. A terminal or reader that went away, or a full disk, does not end the run."""
+    """Print above the progress bar. Never fails: not on a closed terminal, nor on a full disk."""
     file = file or sys.stdout
     try:
         tqdm.write(str(text), file=file)
         file.flush()
-    except OSError:  # nor may what is left in the buffer fail at the end
+    except OSError:  # avoid a second error when Python flushes at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
@@ -916,7 +918,7 @@ def fail(message, code: int = 2) -> NoReturn:
 
 
 def parse_args(argv: list[str]) -> Args:
-    """Command line, else the checkpoint to resume, else the preset of the data set, else the default."""
+    """In this order: command line, resumed checkpoint, preset of the data set, default."""
     given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
     saved = load_checkpoint(given.resume)["args"] if given.resume else {}
     preset = find_preset(given)
@@ -937,7 +939,7 @@ def run(args: Args, exits: ExitStack) -> dict:
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.zeros(1, device=args.device.replace("auto", auto)).device
-    except Exception as error:  # every backend has its own kind
+    except Exception as error:  # backends raise different types
         fail(f"--device {args.device}: {error}")
     torch.set_num_threads(args.num_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
@@ -956,7 +958,7 @@ def run(args: Args, exits: ExitStack) -> dict:
     transitions, transform = make_transitions(columns, args)
     digest = hashlib.sha256(transitions.tobytes()).hexdigest()
     if saved.get("data", digest) != digest:
-        fail("the data are not those that the resumed run was trained on")
+        fail("the data differ from those of the resumed run")
     fixed = ["offline_updates", "gamma", "denoiser_width", "denoiser_layers", "energy_width"]
     for name in fixed if saved else ():  # online, other arguments may be new: many runs can share one offline agent
         if getattr(args, name) != saved["args"][name]:
@@ -973,7 +975,9 @@ def run(args: Args, exits: ExitStack) -> dict:
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}")
     folder = Path(args.resume if args.resume and not args.eval_only else Path(args.runs_dir, name)).resolve()
     envs = [exits.enter_context(make_env()) for _ in range(args.eval_episodes)]
-    options = {"eval_env": False} if "/" in args.env_id and not args.dataset_path else {}  # the data's, if Minari's
+    options = (
+        {"eval_env": False} if "/" in args.env_id and not args.dataset_path else {}
+    )  # Minari: the data's own environment
     online_env = exits.enter_context(make_env(**options))
     if envs and args.capture_video:
         film = partial(gym.wrappers.RecordVideo, name_prefix=f"from-{saved.get('step', 0)}")  # not over older ones
@@ -985,7 +989,7 @@ def run(args: Args, exits: ExitStack) -> dict:
     edm, coordinates, actor = EDM(args, device), Coordinates(diffused[:, :D], obs_dim), networks["actor"]
     state = networks | {"optimizer": optimizer}
     if saved:
-        saved["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # options of this device
+        saved["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # this device's options
         for name, part in state.items():
             part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"][0])
@@ -1001,7 +1005,7 @@ def run(args: Args, exits: ExitStack) -> dict:
     evaluations, logged = ({}, 0) if args.eval_only else (saved.get("evaluations", {}), saved.get("logged", 0))
     generative = args.augmentation in ("edis", "synther")
     if generative and 0 < args.online_steps <= args.first_round:
-        say(f"warning: no synthetic data: --first-round {args.first_round} is past --online-steps", sys.stderr)
+        say(f"warning: no synthetic data: --first-round {args.first_round} is not below --online-steps", sys.stderr)
 
     def observe(obs):
         return torch.as_tensor((obs - transform["mean"]) / transform["std"], dtype=torch.float32, device=device)
@@ -1043,7 +1047,7 @@ def run(args: Args, exits: ExitStack) -> dict:
     if args.compile == "on" or (args.compile == "auto" and (device.type == "cuda" or args.num_updates >= 10_000)):
         say("compiling: the first update may take a minute")
         torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradient in one piece
-        torch._dynamo.config.suppress_errors = True  # no compiler: uncompiled rather than not at all
+        torch._dynamo.config.suppress_errors = True  # without a compiler, run uncompiled
         torch._dynamo.config.specialize_float = True  # cql_alpha is a constant
         torch._inductor.config.fallback_random = True  # the same noise as without
         update = torch.compile(update)
@@ -1060,12 +1064,12 @@ def run(args: Args, exits: ExitStack) -> dict:
     (folder / f"args{f'-{step}' if logged else ''}.json").write_text(json.dumps(about, indent=1) + "\n")
     say(f"{folder}: {len(data)} transitions, {json.dumps(about, indent=1)}")
     rows = exits.enter_context(open(folder / "metrics.jsonl", "a"))  # noqa: SIM115
-    rows.truncate(logged)  # what a killed run logged after its checkpoint
+    rows.truncate(logged)  # drop rows logged after the checkpoint
     if args.track:
         import wandb
 
         try:
-            group = os.environ.get("WANDB_RUN_GROUP", folder.name)  # each start has a history of its own
+            group = os.environ.get("WANDB_RUN_GROUP", folder.name)  # each start is a new run there
             wandb.init(project=args.wandb_project, group=group, name=folder.name, config=vars(args), dir=folder.parent)
             exits.enter_context(wandb.run)  # type: ignore[arg-type]
         except Exception as error:  # no key, no network
@@ -1087,8 +1091,8 @@ def run(args: Args, exits: ExitStack) -> dict:
         bar.set_postfix_str(shown)
         say(f"update {step}/{args.num_updates}: {shown}")
 
-    stop: list[int] = []  # a signal that came
-    interruptible = False  # in a round, which a resume makes again: a signal does not wait for its end
+    stop: list[int] = []  # signals received
+    interruptible = False  # in a round: stop at once, as a resume repeats the round
 
     def leave() -> NoReturn:
         say(f"stopped at update {step}; continue with --resume {folder}", sys.stderr)
@@ -1107,7 +1111,7 @@ def run(args: Args, exits: ExitStack) -> dict:
     metrics, begin, start = dict[str, Tensor](), step, 0.0
     while True:
         last = args.eval_only or step >= args.num_updates
-        stopping = bool(stop)  # a signal after this waits for the next save
+        stopping = bool(stop)  # later signals wait for the next save
         evaluating = envs and (last or step % args.eval_every == 0 < step)
         since = step - args.offline_updates - args.first_round
         due = generative and since >= 0 and since % args.round_every == 0 and not last
@@ -1125,7 +1129,7 @@ def run(args: Args, exits: ExitStack) -> dict:
             checkpoint |= {"online": online[:count].clone(), "synthetic": synthetic}  # a view would save all its rows
             checkpoint |= {"interaction": (interaction.episode, len(interaction.rewards))}
             checkpoint |= {"transform": transform, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-            with open(folder / "checkpoint.tmp", "wb") as file:  # beside, so that a kill or full disk spoils nothing
+            with open(folder / "checkpoint.tmp", "wb") as file:  # a temporary file: a kill or a full disk is harmless
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -1184,4 +1188,4 @@ if __name__ == "__main__":
     try:
         main(parse_args(sys.argv[1:]))
     except OSError as error:
-        fail(f"stopped, with the last checkpoint whole: {error}", code=1)
+        fail(f"stopped; the last checkpoint is intact: {error}", code=1)

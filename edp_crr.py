@@ -10,7 +10,7 @@ Wang et al., Critic Regularized Regression, 2020, arXiv 2006.15134 (the weights)
     advantage             Q(s, a) - E Q(s, a'), a' ~ N(a_hat^0, I)                               crr_advantage
     weight                f_CRR = exp(advantage / tau_CRR)                                       crr_weight
     critics               Q on r + gamma min Q'(s', a'), a' a sample of the target policy        make_update
-    sampler               DPM-Solver (Lu et al., 2022, arXiv 2206.00927)                         Diffusion.dpm_solver
+    sampler               DPM-Solver (Lu et al., 2022, arXiv 2206.00927)                         dpm_solver_step
     evaluation            one of N samples, drawn with probability ~ exp(Q(s, a))                select_actions
 
 Where this differs from the paper and from the official code (github.com/sail-sg/edp), a comment says so.
@@ -70,19 +70,19 @@ class Args:
     dataset_path: str | None = None  # HDF5 file in D4RL's layout to train on instead of the id's own data
     reward_transform: Literal["none", "return-range", "minus-one", "times-four", "min-max"] = "none"
     """r; 1000 r / (best - worst return); r - 1 or 4 (r - 0.5), for AntMaze; r scaled to [-1, 1], for Adroit, kitchen"""
-    normalize_observations: bool = False  # shift and scale each dimension to mean 0 and deviation 1
+    normalize_observations: bool = False  # scale each dimension to mean 0 and standard deviation 1
     # evaluation
     eval_only: bool = False  # evaluate without training: the run of --resume, into a new run folder
     eval_every: int = 10_000  # updates between two evaluations
     eval_episodes: int = 10  # episodes per evaluation, all run side by side; 0: no evaluation
-    eval_candidates: int = 50  # N, actions sampled per decision, of which Q selects one; 1: no selection
+    eval_candidates: int = 50  # N, actions sampled per step; Q selects one of them; 1: no selection
     capture_video: bool = False  # record the first episode of each evaluation to RUN/videos
     # algorithm
     batch_size: int = 256  # transitions per update
     lr: float = 3e-4  # Adam's learning rate, all networks
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate at which the target critics follow
-    max_grad_norm: float = 5.0  # bound of each network's gradient norm; 0: none
+    tau: float = 0.005  # update rate of the target networks
+    max_grad_norm: float = 5.0  # gradient-norm clip of each network; 0: none
     diffusion_steps: int = 1_000  # K, steps of the noise schedule
     sampler: Literal["dpm-solver", "ddpm"] = "dpm-solver"  # how actions are sampled
     sampler_steps: int = 15  # network calls per sample of dpm-solver; ddpm takes K
@@ -90,30 +90,30 @@ class Args:
     diffusion_coef: float = 1.0  # coefficient of the diffusion (behaviour-cloning) loss
     guidance_coef: float = 1.0  # coefficient of the weighted regression
     likelihood: Literal["mse", "elbo", "simple"] = "mse"
-    """weighted regression of a_hat^0; of the noise, with the ELBO's weights; of the noise, with weights f / mean f"""
+    """mse: f times error of a_hat^0; elbo: f times the ELBO's weight, simple: f / mean f, times that of the noise"""
     advantage_samples: int = 10  # actions around a_hat^0 that the advantage compares with
     temperature: float = 1.0  # tau of the weights f_CRR
     weight_cap: float = 20.0  # upper bound of the weights
     # speed
     num_threads: int = 1  # CPU threads; a second one helps only on an idle machine
     compile: Literal["auto", "on", "off"] = "auto"  # compile the update; auto: on cuda, or for 10 000 or more updates
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # of float32; high: TF32, medium: bfloat16
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # high: TF32, medium: bfloat16
 
     def __post_init__(self) -> None:
         free = "seed eval_episodes max_grad_norm diffusion_coef guidance_coef gamma tau"
         for name, value in vars(self).items():
             low: float = 0 if name in free.split() else 1 if type(value) is int else 1e-12
             high: float = 1 if name in ("gamma", "tau") else 1e12
-            if type(value) in (int, float) and not low <= value <= high:  # NaN is not, either
+            if type(value) in (int, float) and not low <= value <= high:  # also rejects NaN
                 fail(f"--{name.replace('_', '-')} must lie in [{low:g}, {high:g}], got {value}")
 
 
 # ------------------------------------------------------------------------------------------------------------ Networks
 class Mish(nn.Module):
-    """x tanh(softplus(x)) = x - 2 x / ((1 + e^x)^2 + 1): one exponential, which the compiler can fuse."""
+    """x tanh(softplus(x)) = x - 2 x / ((1 + e^x)^2 + 1): with one exponential, which the compiler can fuse."""
 
     def forward(self, x: Tensor) -> Tensor:
-        v = (x.clamp(max=20).exp() + 1).square() + 1  # beyond 20 it is x in float32
+        v = (x.clamp(max=20).exp() + 1).square() + 1  # Mish(x) is x from 20 on
         return torch.addcdiv(x, x, v, value=-2)
 
 
@@ -131,7 +131,7 @@ class MLP(nn.Sequential):
 
 
 class Policy(nn.Module):
-    """epsilon_theta(a^k, k; s): states (B, S), noised actions (B, A), steps (B,) or () from 0 -> noise (B, A)."""
+    """epsilon_theta(a^k, k; s): states (B, S), noised actions (B, A), k - 1 (B,) or () -> noise (B, A)."""
 
     def __init__(self, obs_dim: int, act_dim: int, time_dim: int = 16) -> None:
         super().__init__()
@@ -167,12 +167,12 @@ class Diffusion:
         table, k = partial(torch.as_tensor, dtype=torch.float32, device=device), np.arange(1, self.K + 1)
         beta = np.linspace(0.1 / self.K, 20 / self.K, self.K)  # 1e-4 to 0.02 at K = 1000
         alpha_bar = np.cumprod(1 - beta)
-        # DPM-Solver would leave noise in the actions, or start with too long a step
+        # DPM-Solver ends at abar^1, which must be near 1, and starts at abar^K, which must not be tiny
         if beta[-1] >= 1 or (args.sampler == "dpm-solver" and (alpha_bar[0] < 0.98 or alpha_bar[-1] < 1e-6)):
-            fail(f"--diffusion-steps {self.K}: of the linear schedule, dpm-solver needs 30, --sampler ddpm 21")
+            fail(f"--diffusion-steps {self.K}: no schedule for {args.sampler} (linear: 30 or more; --sampler ddpm: 21)")
         alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
         self.sample, self.num_noises, self.k_index = self.dpm_solver, 1, table(k - 1)
-        if args.sampler == "ddpm":  # unrolled, many calls of the network would compile for minutes
+        if args.sampler == "ddpm":  # to compile more than 20 unrolled steps takes minutes
             self.sample = torch.compiler.disable(self.ddpm) if self.K > 20 else self.ddpm
             self.num_noises = self.K + 1
         self.sqrt_alpha_bar = table(alpha_bar**0.5)
@@ -183,8 +183,8 @@ class Diffusion:
         self.posterior_a0 = table(beta * alpha_bar_prev**0.5 / (1 - alpha_bar))
         self.posterior_ak = table((1 - alpha_bar_prev) * (1 - beta) ** 0.5 / (1 - alpha_bar))
         self.posterior_std = table((beta * (1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5)
-        # DPM-Solver calls the network at times t from 1 to 1e-3, or to the first step (the official code: NaN), and
-        # log alpha_t is linear between the t = k / K
+        # DPM-Solver calls the network at times t from 1 to 1e-3, or to the first step; log alpha_t is linear between
+        # the t = k / K. The official code always ends at 1e-3, which gives NaN for small K
         t = np.linspace(1.0, max(1e-3, 1 / self.K), steps + 1)
         log_alpha = np.interp(t, k / self.K, 0.5 * np.log(alpha_bar))
         log_sigma = 0.5 * np.log(1 - np.exp(2 * log_alpha))
@@ -192,7 +192,7 @@ class Diffusion:
         self.lambda_ = (log_alpha - log_sigma).tolist()
         self.t_index = table(self.K * t - 1)  # fractional steps
         self.orders = [order] * (steps // order) + [steps % order] * (steps % order > 0)
-        if order == 3 and steps % 3 == 0:  # the last steps are where order 3 is least stable
+        if order == 3 and steps % 3 == 0:  # lower orders at the end, for stability
             self.orders[-1:] = [2, 1]
 
     def add_noise(self, a0: Tensor, k: Tensor, epsilon: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class Diffusion:
         return self.sqrt_alpha_bar[k, None] * a0 + self.sqrt_one_minus_alpha_bar[k, None] * epsilon
 
     def approximate(self, a_k: Tensor, k: Tensor | int, epsilon: Tensor) -> Tensor:
-        """a_hat^0 (B, A); clipped to the action range as in the official code, so without gradient from beyond."""
+        """a_hat^0 (B, A); clipped to [-1, 1] as in the official code: no gradient outside."""
         a0 = (a_k - self.sqrt_one_minus_alpha_bar[k, None] * epsilon) / self.sqrt_alpha_bar[k, None]
         return a0.clamp(-1, 1)
 
@@ -209,14 +209,14 @@ class Diffusion:
         a = noise[0]
         for k, z in zip(reversed(range(self.K)), noise[1:], strict=True):
             a0 = self.approximate(a, k, policy(s, a, self.k_index[k]))
-            a = self.posterior_a0[k] * a0 + self.posterior_ak[k] * a + self.posterior_std[k] * z  # std is 0 at the end
+            a = self.posterior_a0[k] * a0 + self.posterior_ak[k] * a + self.posterior_std[k] * z  # std is 0 at k = 1
         return a
 
     def dpm_solver(self, policy: Policy, s: Tensor, noise: Tensor) -> Tensor:
         """Singlestep DPM-Solver; noise (1, B, A): a^K."""
 
         def epsilon(x, i):
-            """The noise at time t_i, clipped so that the action it implies lies in [-1, 1]."""
+            """Predicted noise at t_i, clipped so that its a_hat^0 is in [-1, 1]."""
             predicted = policy(s, x, self.t_index[i])
             a0 = ((x - self.sigma[i] * predicted) / self.alpha[i]).clamp(-1, 1)
             return (x - self.alpha[i] * a0) / self.sigma[i]
@@ -252,7 +252,7 @@ def crr_advantage(critic: Critic, s: Tensor, q: Tensor, a_hat_0: Tensor, z: Tens
 
 
 def crr_weight(advantage: Tensor, temperature: float, cap: float) -> Tensor:
-    """f_CRR = exp(advantage / tau), (B,); the cap is the official code's."""
+    """f_CRR = exp(advantage / tau), (B,); cap as in the official code."""
     return (advantage / temperature).exp().clamp(max=cap)
 
 
@@ -270,12 +270,12 @@ def draw(args: Args, diffusion: Diffusion, act_dim: int, device: torch.device) -
 
 
 def make_update(args: Args, diffusion: Diffusion, networks: dict) -> tuple:
-    """Algorithm 1 with CRR's weights: the update, (batch, number of the update, draws) -> metrics; its optimiser."""
+    """Algorithm 1 with CRR's weights: update(batch, its number, draws) -> metrics; and the optimiser."""
     policy, critic, policy_target, critic_target = networks.values()
     backward, step, optimizer = make_optimizer(args, networks)
 
     def update(s, a, next_s, r, mask, count, k, epsilon, noise, z):
-        # Q: TD target from one whole sample of the target policy, not clipped, as in the official code
+        # Q: TD target from a whole sample of the target policy. The official code does not clip it either
         with torch.no_grad():
             next_v = torch.minimum(*critic_target(next_s, diffusion.sample(policy_target, next_s, noise)))
         q1, q2 = critic(s, a)
@@ -287,7 +287,7 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict) -> tuple:
         epsilon_hat = policy(s, a_k, k)
         a_hat_0 = diffusion.approximate(a_k, k, epsilon_hat)
         error = (epsilon - epsilon_hat).square()
-        diffusion_loss = error.mean()  # not in the paper's objective: the official code adds it
+        diffusion_loss = error.mean()  # over dimensions too; not in the paper's objective: the official code adds it
         with torch.no_grad():  # Q is the minimum of both critics, as in the official code
             advantage = crr_advantage(critic, s, torch.minimum(q1, q2), a_hat_0, z)
             f = crr_weight(advantage, args.temperature, args.weight_cap)
@@ -299,7 +299,7 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict) -> tuple:
             guidance_loss = (f / f.mean() * error.mean(1)).mean()
         policy_loss = args.diffusion_coef * diffusion_loss + args.guidance_coef * guidance_loss
 
-        # Detached before the gradients: where a loss is used after them, the compiler breaks the update into pieces
+        # Detach now: if a loss is used after autograd.grad, the compiler splits the update into several graphs
         losses = {"policy_loss": policy_loss, "diffusion_loss": diffusion_loss, "guidance_loss": guidance_loss}
         losses |= {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "q_mean": q1.mean()}
         losses |= {"advantage_mean": advantage.mean(), "weight_mean": f.mean()}
@@ -320,10 +320,10 @@ def make_update(args: Args, diffusion: Diffusion, networks: dict) -> tuple:
 
 @torch.no_grad()
 def select_actions(diffusion: Diffusion, policy: Policy, critic: Critic, s: Tensor, candidates: int) -> Tensor:
-    """Energy-based action selection: of N actions per state (n, S), one (n, A) with probability ~ exp(min Q)."""
+    """Energy-based action selection: s (n, S) -> (n, A), one of N samples, drawn with probability ~ exp(min Q)."""
     s = s.repeat_interleave(candidates, dim=0)
     noise = torch.randn(diffusion.num_noises, len(s), policy.act_dim, device=s.device)
-    a = diffusion.sample(policy, s, noise).clamp(-1, 1)  # the official code does not clip
+    a = diffusion.sample(policy, s, noise).clamp(-1, 1)  # the official code does not clip, DPM-Solver can exceed 1
     q = torch.minimum(*critic(s, a)).view(-1, candidates)
     choice = torch.multinomial(q.nan_to_num().softmax(dim=1), 1)
     return a.view(*q.shape, -1).take_along_dim(choice[..., None], dim=1)[:, 0]
@@ -334,22 +334,22 @@ def select_actions(diffusion: Diffusion, policy: Policy, critic: Critic, s: Tens
 LOCOMOTION: dict = {}  # a fork (yueyang130/SEEM) has a guidance_coef of 0.01
 SPARSE = {"reward_transform": "min-max", "num_updates": 1_000_000}
 ANTMAZE = SPARSE | {"reward_transform": "times-four"}
-CLIPS = {  # where it is not 5
+CLIPS = {  # those other than 5
     "halfcheetah-medium": 9, "halfcheetah-medium-replay": 2, "halfcheetah-medium-expert": 7,
     "hopper-medium": 9, "hopper-medium-replay": 4, "walker2d-medium": 1, "walker2d-medium-replay": 4,
     "antmaze-umaze": 2, "antmaze-umaze-diverse": 3, "antmaze-medium-play": 2, "antmaze-medium-diverse": 1,
     "antmaze-large-play": 10, "antmaze-large-diverse": 7, "pen-human": 7, "pen-cloned": 8,
     "kitchen-complete": 9, "kitchen-partial": 10, "kitchen-mixed": 10,
 }  # fmt: skip
-# The small sets are ours, and so are their settings: found by trying on Hopper, for a run of minutes on a CPU.
+# The small sets are ours, and so are their settings: tuned on Hopper, for short runs on a CPU.
 MINI = {
     "reward_transform": "return-range", "num_updates": 20_000, "lr": 1e-3, "normalize_observations": True,
     "diffusion_steps": 100, "eval_every": 5_000, "eval_candidates": 10, "log_every": 250, "save_every": 2_500,
-    "guidance_coef": 0.01,  # with the paper's 1, noise at high k and uneven weights drown the diffusion loss
+    "guidance_coef": 0.01,  # with the paper's 1, the noisy regression loss dominates the diffusion loss
 }  # fmt: skip
-# Hopper's medium policy is fast but falls after about 340 steps: only critics that look further ahead can tell.
+# Hopper's medium policy is fast but falls after about 340 steps: critics need a longer horizon to see it.
 FAR_SIGHTED = {"gamma": 0.995, "tau": 0.05}
-TASKS: dict[str, Any] = {  # agent: preset, environment, its options, D4RL's returns of a random and an expert policy
+TASKS: dict[str, Any] = {  # name: preset, environment, its options, D4RL's returns of a random and an expert policy
     "hopper": (LOCOMOTION, "Hopper-v4", {}, (-20.272305, 3234.3)),
     "walker2d": (LOCOMOTION, "Walker2d-v4", {}, (1.629008, 4592.3)),
     "halfcheetah": (LOCOMOTION, "HalfCheetah-v4", {}, (-280.178953, 12135.0)),
@@ -391,7 +391,7 @@ def read_minari(env_id: str) -> tuple:
     dataset, episodes = minari.load_dataset(env_id, download=True), []
     meta = dataset.storage.metadata
     if meta.get("eval_env_spec") not in (None, meta.get("env_spec")):
-        say(f"note: {env_id} is evaluated in an environment of its own, not in the one of its data")
+        say(f"note: {env_id} is evaluated in another environment than that of its data")
     for e in dataset.iterate_episodes():
         obs, timeouts = flatten(e.observations, len(e.rewards) + 1), e.truncations & ~e.terminations
         timeouts[-1] = not e.terminations[-1]  # an episode may end with neither flag
@@ -407,19 +407,19 @@ def read_hdf5(args: Args) -> dict:
     if args.env_id in D4RL and not args.dataset_path:
         path = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl/datasets"), Path(D4RL[args.env_id]).name)
         for url in (D4RL_URL + D4RL[args.env_id], MIRROR + path.name):
-            with suppress(OSError):  # those of requests are OSErrors
-                pooch.retrieve(url, None, path.name, path.parent)  # nothing where the file exists
+            with suppress(OSError):  # requests raises OSErrors
+                pooch.retrieve(url, None, path.name, path.parent)  # skipped if the file exists
     if not path.is_file():
         raise OSError(f"{path} is missing. Bundled: github.com/OWNER/REPOSITORY; D4RL: {D4RL_URL}; else --dataset-path")
     with h5py.File(path, "r", locking=False) as file:  # some file systems have no locks
         columns = {key: np.asarray(file[key]) for key in KEYS if key in KEYS[:4] or key in file}
-        for key in file.keys() & {"episode_terminals", "truncations", "truncated"}:  # timeouts of other tools
+        for key in file.keys() & {"episode_terminals", "truncations", "truncated"}:  # names in other tools
             columns.setdefault("timeouts", np.ravel(file[key]) > np.ravel(file["terminals"]))
     return columns
 
 
 def check(columns: dict) -> None:
-    """Bring columns into shape; add "ends", the last rows of episodes. ValueError: they cannot be trained on."""
+    """Bring columns into shape; add "ends", the last rows of episodes. ValueError if they are unusable."""
     if not columns.keys() & {"timeouts", "next_observations"}:
         raise ValueError("needs timeouts or next_observations, to tell which rows follow each other")
     n, widths = columns["rewards"].size, {key: columns[key].shape[-1:] for key in ("observations", "actions")}
@@ -432,7 +432,7 @@ def check(columns: dict) -> None:
             raise ValueError(f"{key} has values that are not {'0 or 1' if flag else 'finite numbers up to 1e8'}")
         columns[key] = column.reshape(shape).astype(bool if flag else column.dtype)
     if columns["terminals"].mean() > 0.5:
-        say("warning: more than half of the rows are terminal: does the file store masks there?", sys.stderr)
+        say("warning: more than half of the rows are terminal: are they 1 - terminal?", sys.stderr)
     if "timeouts" not in columns:  # as d4rl.qlearning_dataset returns them
         follows = np.isclose(columns["next_observations"], np.roll(columns["observations"], -1, axis=0), atol=1e-6)
         columns["timeouts"], columns["ends"] = np.zeros(n, bool), ~np.all(follows, axis=1)
@@ -475,9 +475,9 @@ def load_task(args: Args) -> tuple:
             say(f"note: no evaluation: today's environments differ from that of {args.env_id}")
         if beyond := (np.abs(columns["actions"]) > 1.001).mean():
             if not evaluated:
-                raise ValueError("actions exceed [-1, 1], and no environment is loaded that tells their range")
+                raise ValueError("actions exceed [-1, 1], and no environment gives their range")
             say(f"warning: {beyond:.1%} of the actions are out of the environment's range and are clipped", sys.stderr)
-    except Exception as error:  # a damaged file, the network, Minari: each raises its own
+    except Exception as error:  # damaged file, network, Minari: many types
         close = difflib.get_close_matches(args.env_id, [*D4RL, *gym.registry], cutoff=0.9)
         hint += f"; close ids: {', '.join(close)}" if close and args.env_id not in close else ""
         fail(f"{args.dataset_path or args.env_id}: {str(error) or repr(error)}{hint}")
@@ -489,9 +489,9 @@ def make_transitions(columns: dict, args: Args) -> tuple[np.ndarray, dict]:
     obs, r = columns["observations"], columns["rewards"].astype(np.float64)
     keep = ~columns["timeouts"] & (np.arange(len(r)) < len(r) - 1)  # terminal rows are kept, with a mask of 0
     if not keep.any():
-        fail("the data hold no transition: timeout rows and the last one do not count")
+        fail("the data hold no transition: timeout rows and the last row are dropped")
     returns = np.add.reduceat(r, np.flatnonzero(np.append(True, columns["ends"][:-1])))
-    spread = np.ptp(returns)  # if all are equal up to rounding, rewards stay as they are
+    spread = np.ptp(returns)  # if all returns are equal, rewards are not scaled
     shift, scale = {
         "none": (0.0, 1.0),
         "return-range": (0.0, 1_000 / spread if spread > 1e-6 * np.abs(returns).max() else 1.0),
@@ -511,17 +511,17 @@ def make_transitions(columns: dict, args: Args) -> tuple[np.ndarray, dict]:
 
 # ---------------------------------------------------------------------------------------------------------- Evaluation
 def evaluate(act: Callable, envs: list, seeds: list, stop: list) -> dict:
-    """One episode per environment, side by side; act maps observations (n, S) to actions. {} once `stop` fills."""
+    """One episode per environment, side by side; act maps observations (n, S) to actions. {} if a signal came."""
     obs = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
     found = {"episodic_return": np.zeros(len(envs)), "episodic_length": np.zeros(len(envs))}
     running = list(range(len(envs)))
     while running and not stop:
-        actions = act(obs)  # of finished episodes too: shapes do not change
+        actions = act(obs)  # finished episodes too, to keep shapes fixed
         for i in list(running):
             obs[i], reward, terminated, truncated, info = envs[i].step(actions[i])
             found["episodic_return"][i] += reward
             found["episodic_length"][i] += 1
-            for key in info.keys() & {"success", "is_success"}:  # Adroit, AntMaze: reached at any step
+            for key in info.keys() & {"success", "is_success"}:  # Adroit, AntMaze: success at any step
                 success = found.setdefault("success", np.zeros(len(envs)))
                 success[i] = max(success[i], info[key])
             if terminated or truncated:
@@ -531,7 +531,7 @@ def evaluate(act: Callable, envs: list, seeds: list, stop: list) -> dict:
 
 # -------------------------------------------------------------------------------------------------- Speed, checkpoints
 def make_optimizer(args: Args, networks: dict) -> tuple:
-    """backward(network, loss) sets its clipped gradient, step() moves the networks that have one; Adam of all."""
+    """backward(network, loss) sets clipped gradients, step() updates the networks that have them; and the Adam."""
     trained = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, args.lr, fused=True, capturable=trained[0].is_cuda)
 
@@ -550,9 +550,9 @@ def make_optimizer(args: Args, networks: dict) -> tuple:
 
 
 def graphed(function: Callable) -> Iterator:
-    """Its results, by a CUDA graph: numbers are fixed at the capture, and each result overwrites the one before."""
+    """Results of function() by a CUDA graph: Python numbers are frozen, and all results share one buffer."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    for _ in range(3):  # on a stream of its own, as a capture needs it
+    for _ in range(3):  # warm-up on a side stream, before the capture
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             result = function()
@@ -569,7 +569,7 @@ def load_checkpoint(folder: str) -> dict:
     """The checkpoint of a run folder; exit 2 if there is none."""
     try:
         checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
-        Args(**checkpoint["args"]), checkpoint["optimizer"]  # errors tell of another script, or an old one
+        Args(**checkpoint["args"]), checkpoint["optimizer"]  # fails for another script or version
         return checkpoint
     except Exception as error:  # whatever torch.load raises
         fail(f"--resume {folder}: {error!r}")
@@ -577,12 +577,12 @@ def load_checkpoint(folder: str) -> dict:
 
 # ---------------------------------------------------------------------------------------------------------------- main
 def say(text, file=None) -> None:
-    """Print above the progress bar. A terminal or reader that went away, or a full disk, does not end the run."""
+    """Print above the progress bar. Never fails: not on a closed terminal, nor on a full disk."""
     file = file or sys.stdout
     try:
         tqdm.write(str(text), file=file)
         file.flush()
-    except OSError:  # nor may what is left in the buffer fail at the end
+    except OSError:  # avoid a second error when Python flushes at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
@@ -593,7 +593,7 @@ def fail(message, code: int = 2) -> NoReturn:
 
 
 def parse_args(argv: list[str]) -> Args:
-    """Command line, else the checkpoint to resume, else the preset of the data set, else the default."""
+    """In this order: command line, resumed checkpoint, preset of the data set, default."""
     given = tyro.cli(Args, args=[flag for flag in argv if flag not in ("-h", "--help")])
     saved = load_checkpoint(given.resume)["args"] if given.resume else {}
     preset = find_preset(given)
@@ -614,7 +614,7 @@ def run(args: Args, exits: ExitStack) -> dict:
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.zeros(1, device=args.device.replace("auto", auto)).device
-    except Exception as error:  # every backend has its own kind
+    except Exception as error:  # backends raise different types
         fail(f"--device {args.device}: {error}")
     torch.set_num_threads(args.num_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
@@ -628,7 +628,7 @@ def run(args: Args, exits: ExitStack) -> dict:
     transitions, transform = make_transitions(columns, args)
     digest = hashlib.sha256(transitions.tobytes()).hexdigest()
     if saved.get("data", digest) != digest:
-        fail("the data are not those that the resumed run was trained on")
+        fail("the data differ from those of the resumed run")
     obs_dim, act_dim = columns["observations"].shape[1], columns["actions"].shape[1]
     data = torch.as_tensor(transitions, device=device)
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}")
@@ -644,14 +644,14 @@ def run(args: Args, exits: ExitStack) -> dict:
     update, optimizer = make_update(args, diffusion, networks)
     state = networks | {"optimizer": optimizer}
     if saved:
-        saved["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # options of this device
+        saved["optimizer"]["param_groups"] = optimizer.state_dict()["param_groups"]  # this device's options
         for name, part in state.items():
             part.load_state_dict(saved[name])
         torch.set_rng_state(saved["rng"][0])
         torch.cuda.set_rng_state_all(saved["rng"][1 : 1 + torch.cuda.device_count()])
     step, seconds = saved.get("step", 0), saved.get("seconds", 1e-9)
     evaluations, logged = ({}, 0) if args.eval_only else (saved.get("evaluations", {}), saved.get("logged", 0))
-    count = torch.full((), step, device=device)  # of updates, as a tensor: a CUDA graph repeats a number
+    count = torch.full((), step, device=device)  # of updates; a tensor, as CUDA graphs freeze numbers
 
     def train():
         count.add_(1)
@@ -670,7 +670,7 @@ def run(args: Args, exits: ExitStack) -> dict:
     if args.compile == "on" or (args.compile == "auto" and (device.type == "cuda" or args.num_updates >= 10_000)):
         say("compiling: the first update may take a minute")
         torch._dynamo.config.trace_autograd_ops = True  # a loss and its gradient in one piece
-        torch._dynamo.config.suppress_errors = True  # no compiler: uncompiled rather than not at all
+        torch._dynamo.config.suppress_errors = True  # without a compiler, run uncompiled
         torch._inductor.config.fallback_random = True  # the same noise as without
         update = torch.compile(update)
         if device.type == "cuda":
@@ -685,12 +685,12 @@ def run(args: Args, exits: ExitStack) -> dict:
     (folder / f"args{f'-{step}' if logged else ''}.json").write_text(json.dumps(about, indent=1) + "\n")
     say(f"{folder}: {len(data)} transitions, {json.dumps(about, indent=1)}")
     rows = exits.enter_context(open(folder / "metrics.jsonl", "a"))  # noqa: SIM115
-    rows.truncate(logged)  # what a killed run logged after its checkpoint
+    rows.truncate(logged)  # drop rows logged after the checkpoint
     if args.track:
         import wandb
 
         try:
-            group = os.environ.get("WANDB_RUN_GROUP", folder.name)  # each start has a history of its own
+            group = os.environ.get("WANDB_RUN_GROUP", folder.name)  # each start is a new run there
             wandb.init(project=args.wandb_project, group=group, name=folder.name, config=vars(args), dir=folder.parent)
             exits.enter_context(wandb.run)  # type: ignore[arg-type]
         except Exception as error:  # no key, no network
@@ -712,7 +712,7 @@ def run(args: Args, exits: ExitStack) -> dict:
         bar.set_postfix_str(shown)
         say(f"update {step}/{args.num_updates}: {shown}")
 
-    stop: list[int] = []  # a signal that came
+    stop: list[int] = []  # signals received
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) != signal.SIG_IGN:  # of nohup
             exits.callback(signal.signal, number, signal.signal(number, lambda number, frame: stop.append(number)))
@@ -721,7 +721,7 @@ def run(args: Args, exits: ExitStack) -> dict:
     metrics, begin, start = dict[str, Tensor](), step, 0.0
     while True:
         last = args.eval_only or step >= args.num_updates
-        stopping = bool(stop)  # a signal after this waits for the next save
+        stopping = bool(stop)  # later signals wait for the next save
         evaluating = envs and (last or step % args.eval_every == 0 < step)
         saving = metrics and (last or stopping or evaluating or step % args.save_every == 0)
         logging = metrics and (saving or step % args.log_every == 0)
@@ -735,7 +735,7 @@ def run(args: Args, exits: ExitStack) -> dict:
             checkpoint = about | {name: part.state_dict() for name, part in state.items()}
             checkpoint |= {"step": step, "evaluations": evaluations, "seconds": seconds, "logged": rows.tell()}
             checkpoint |= {"transform": transform, "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-            with open(folder / "checkpoint.tmp", "wb") as file:  # beside, so that a kill or full disk spoils nothing
+            with open(folder / "checkpoint.tmp", "wb") as file:  # a temporary file: a kill or a full disk is harmless
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -777,4 +777,4 @@ if __name__ == "__main__":
     try:
         main(parse_args(sys.argv[1:]))
     except OSError as error:
-        fail(f"stopped, with the last checkpoint whole: {error}", code=1)
+        fail(f"stopped; the last checkpoint is intact: {error}", code=1)
