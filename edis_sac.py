@@ -1166,7 +1166,7 @@ def run(args: Args, exits: ExitStack) -> dict:
         offline = count < args.batch_size  # until one batch of online data is there
         share = 0 if args.augmentation == "none" else args.synthetic_ratio
         n = args.batch_size if offline else round(share * args.batch_size)
-        # Real offline data until the first round, for edis and synther too
+        # A batch of synthetic and online rows; real offline data until the first round, for edis and synther too
         source = synthetic if generative and not offline and len(synthetic) else data
         batch[:n] = source[torch.randint(len(source), (n,), device=device)]
         if not offline:

@@ -6,7 +6,7 @@ Wang et al., Critic Regularized Regression, 2020, arXiv 2006.15134 (the weights)
     forward noising       a^k = sqrt(abar^k) a^0 + sqrt(1 - abar^k) epsilon                      Diffusion.add_noise
     action approximation  a_hat^0 = (a^k - sqrt(1 - abar^k) epsilon_theta) / sqrt(abar^k)        Diffusion.approximate
     diffusion loss        E ||epsilon - epsilon_theta(a^k, k; s)||^2                             make_update
-    weighted regression   E f ||a - a_hat^0||^2, or noise loss weighted by f (and elbo_weight)   make_update
+    weighted regression   E f ||a - a_hat^0||^2, or noise loss weighted by f (and elbo_weight)   make_update, Diffusion
     advantage             Q(s, a) - E Q(s, a'), a' ~ N(a_hat^0, I)                               crr_advantage
     weight                f_CRR = exp(advantage / tau_CRR)                                       crr_weight
     critics               Q on r + gamma min Q'(s', a'), a' a sample of the target policy        make_update

@@ -6,7 +6,7 @@ Kostrikov et al., Offline RL with Implicit Q-Learning, 2021, arXiv 2110.06169 (t
     forward noising       a^k = sqrt(abar^k) a^0 + sqrt(1 - abar^k) epsilon                      Diffusion.add_noise
     action approximation  a_hat^0 = (a^k - sqrt(1 - abar^k) epsilon_theta) / sqrt(abar^k)        Diffusion.approximate
     diffusion loss        E ||epsilon - epsilon_theta(a^k, k; s)||^2                             make_update
-    weighted regression   E f ||a - a_hat^0||^2, or noise loss weighted by f (and elbo_weight)   make_update
+    weighted regression   E f ||a - a_hat^0||^2, or noise loss weighted by f (and elbo_weight)   make_update, Diffusion
     weight                f_IQL = exp(beta (Q(s, a) - V(s)))                                     iql_weight
     V and Q               expectile regression of V on Q; Q on r + gamma V(s')                   value_loss, make_update
     sampler               DPM-Solver (Lu et al., 2022, arXiv 2206.00927)                         dpm_solver_step
