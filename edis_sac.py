@@ -96,9 +96,7 @@ class Args:
     cql_alpha: float = 5.0  # coefficient of the CQL penalty offline; 0: plain SAC; EDIS's code: 10 on MuJoCo
     cql_alpha_online: float = 5.0  # coefficient of the CQL penalty online; EDIS's code adapts it (Lagrange)
     cql_actions: int = 10  # actions per state of each of the penalty's three samples
-    calibrate: bool = (
-        True  # Cal-QL: the penalty stops at the data's Monte-Carlo return; the published code: offline only
-    )
+    calibrate: bool = True  # Cal-QL: the penalty stops at the data's Monte-Carlo return; EDIS's code: offline only
     # synthetic data
     augmentation: Literal["edis", "synther", "offline", "none"] = "edis"
     """synthetic data with energies; without (SynthER); real offline data (as RLPD); online data only"""
@@ -661,7 +659,7 @@ class Interaction:
 
 # ---------------------------------------------------------------------------------------------------------------- Data
 # Presets of the families of D4RL's and Minari's ids
-LOCOMOTION: dict = {}  # the published code normalises rewards and states of MuJoCo
+LOCOMOTION: dict = {}  # EDIS's code normalises rewards and states of MuJoCo and AntMaze
 SPARSE = {"reward_transform": "min-max"}
 ANTMAZE = {"reward_transform": "minus-one"}
 # The defaults, for D4RL's ids, are the published code's sizes where no comment or table of the README says otherwise.
@@ -702,9 +700,8 @@ KEYS = ("observations", "actions", "rewards", "terminals", "timeouts", "next_obs
 def find_preset(given: Args) -> dict:
     """Settings of a data set, by its id or its family's."""
     name = re.sub(r"^\w+/|-v\d+$", "", given.env_id).replace("/", "-")  # Minari's D4RL/antmaze/umaze-v1 too
-    if re.fullmatch("(hopper|walker2d|halfcheetah)-medium(-replay|-expert)?-mini", given.env_id):
-        return MINI
-    return TASKS.get(name.split("-")[0], ({},))[0]
+    ours = re.fullmatch("(hopper|walker2d|halfcheetah)-medium(-replay|-expert)?-mini", given.env_id)
+    return MINI if ours else TASKS.get(name.split("-")[0], ({},))[0]
 
 
 def flatten(obs, rows: int) -> np.ndarray:
@@ -740,7 +737,7 @@ def read_hdf5(args: Args) -> dict:
             with suppress(OSError):  # requests raises OSErrors
                 pooch.retrieve(url, None, path.name, path.parent)  # skipped if the file exists
     if not path.is_file():
-        raise OSError(f"{path} is missing. Bundled: github.com/OWNER/REPOSITORY; D4RL: {D4RL_URL}; else --dataset-path")
+        raise OSError(f"{path} is missing. See github.com/OWNER/REPOSITORY, {D4RL_URL}, or give --dataset-path")
     with h5py.File(path, "r", locking=False) as file:  # some file systems have no locks
         columns = {key: np.asarray(file[key]) for key in KEYS if key in KEYS[:4] or key in file}
         for key in file.keys() & {"episode_terminals", "truncations", "truncated"}:  # names in other tools
@@ -762,7 +759,7 @@ def check(columns: dict) -> None:
             raise ValueError(f"{key} has values that are not {'0 or 1' if flag else 'finite numbers up to 1e8'}")
         columns[key] = column.reshape(shape).astype(bool if flag else column.dtype)
     if columns["terminals"].mean() > 0.5:
-        say("warning: more than half of the rows are terminal: are they 1 - terminal?", sys.stderr)
+        say("warning: more than half of the rows are terminal. Does the file store 1 - terminal?", sys.stderr)
     if "timeouts" not in columns:  # as d4rl.qlearning_dataset returns them
         follows = np.isclose(columns["next_observations"], np.roll(columns["observations"], -1, axis=0), atol=1e-6)
         columns["timeouts"], columns["ends"] = np.zeros(n, bool), ~np.all(follows, axis=1)
@@ -950,9 +947,8 @@ def run(args: Args, exits: ExitStack) -> dict:
     # Data and environments
     saved = load_checkpoint(args.resume or "(--eval-only needs it)") if args.resume or args.eval_only else {}
     filmed = args.capture_video and args.eval_episodes > 0
-    columns, make_env, reference = load_task(
-        replace(args, eval_episodes=max(args.eval_episodes, 1), capture_video=filmed)
-    )
+    task = replace(args, eval_episodes=max(args.eval_episodes, 1), capture_video=filmed)
+    columns, make_env, reference = load_task(task)
     if make_env is None:
         fail(f"no environment is known for {args.env_id}: the online phase needs one")
     transitions, transform = make_transitions(columns, args)
@@ -975,9 +971,7 @@ def run(args: Args, exits: ExitStack) -> dict:
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}")
     folder = Path(args.resume if args.resume and not args.eval_only else Path(args.runs_dir, name)).resolve()
     envs = [exits.enter_context(make_env()) for _ in range(args.eval_episodes)]
-    options = (
-        {"eval_env": False} if "/" in args.env_id and not args.dataset_path else {}
-    )  # Minari: the data's own environment
+    options = {"eval_env": False} if "/" in args.env_id and not args.dataset_path else {}  # Minari: the data's own
     online_env = exits.enter_context(make_env(**options))
     if envs and args.capture_video:
         film = partial(gym.wrappers.RecordVideo, name_prefix=f"from-{saved.get('step', 0)}")  # not over older ones

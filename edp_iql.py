@@ -410,7 +410,7 @@ def read_hdf5(args: Args) -> dict:
             with suppress(OSError):  # requests raises OSErrors
                 pooch.retrieve(url, None, path.name, path.parent)  # skipped if the file exists
     if not path.is_file():
-        raise OSError(f"{path} is missing. Bundled: github.com/OWNER/REPOSITORY; D4RL: {D4RL_URL}; else --dataset-path")
+        raise OSError(f"{path} is missing. See github.com/OWNER/REPOSITORY, {D4RL_URL}, or give --dataset-path")
     with h5py.File(path, "r", locking=False) as file:  # some file systems have no locks
         columns = {key: np.asarray(file[key]) for key in KEYS if key in KEYS[:4] or key in file}
         for key in file.keys() & {"episode_terminals", "truncations", "truncated"}:  # names in other tools
@@ -432,7 +432,7 @@ def check(columns: dict) -> None:
             raise ValueError(f"{key} has values that are not {'0 or 1' if flag else 'finite numbers up to 1e8'}")
         columns[key] = column.reshape(shape).astype(bool if flag else column.dtype)
     if columns["terminals"].mean() > 0.5:
-        say("warning: more than half of the rows are terminal: are they 1 - terminal?", sys.stderr)
+        say("warning: more than half of the rows are terminal. Does the file store 1 - terminal?", sys.stderr)
     if "timeouts" not in columns:  # as d4rl.qlearning_dataset returns them
         follows = np.isclose(columns["next_observations"], np.roll(columns["observations"], -1, axis=0), atol=1e-6)
         columns["timeouts"], columns["ends"] = np.zeros(n, bool), ~np.all(follows, axis=1)
